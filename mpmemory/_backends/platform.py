@@ -1,0 +1,184 @@
+"""What this operating system offers beside memory: seals, labels, allocation, pidfds, cache lines.
+
+The one place that asks which system this is.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import mmap
+import os
+import select
+import shutil
+import socket
+import struct
+import sys
+import time
+from types import TracebackType
+from typing import Self
+
+# <linux/fcntl.h>. Python's fcntl has them on Linux only, and F_SEAL_FUTURE_WRITE from 3.13 on.
+F_ADD_SEALS = 1033
+F_GET_SEALS = 1034
+F_SEAL_SHRINK = 0x0002
+
+#: Receive descriptors close-on-exec (0 where the system lacks it: they are then set so one by one).
+MSG_CMSG_CLOEXEC: int = getattr(socket, "MSG_CMSG_CLOEXEC", 0)
+
+#: Whether Unix sockets can have names that are in no folder, and go with the socket (unix(7)).
+ABSTRACT_SOCKETS = sys.platform == "linux"
+
+# How often a process is looked for where there are no pidfds, in seconds.
+_WATCH_INTERVAL = 0.2
+
+
+def seals(fd: int) -> int:
+    """Return the seals of `fd` (F_GET_SEALS, fcntl(2)); 0 where there can be none."""
+    if sys.platform != "linux":
+        return 0
+    try:
+        return fcntl.fcntl(fd, F_GET_SEALS)
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # EINVAL: not a memfd, nor on tmpfs
+            raise
+        return 0
+
+
+def grow(fd: int, size: int) -> None:
+    """Make the file of `fd` at least `size` bytes long. It never becomes shorter, whoever else grows it too.
+
+    On a memfd no page is allocated. Elsewhere all are, since there a full file system is a SIGBUS at
+    the first touch, instead of an ENOSPC here.
+    """
+    if seals(fd) & F_SEAL_SHRINK:
+        try:
+            os.ftruncate(fd, size)
+        except PermissionError:
+            # Somebody grew it further in the meantime: what is left to do is shrinking, which is sealed.
+            if os.fstat(fd).st_size < size:
+                raise
+    elif hasattr(os, "posix_fallocate"):
+        os.posix_fallocate(fd, 0, size)
+    elif os.fstat(fd).st_size < size:
+        os.ftruncate(fd, size)
+
+
+def map_fd(fd: int, length: int, *, access: int, offset: int) -> mmap.mmap:
+    """Map `length` bytes from the page-aligned `offset` on. The mapping does not need `fd` afterwards."""
+    if sys.version_info >= (3, 13):
+        return mmap.mmap(fd, length, access=access, offset=offset, trackfd=False)
+    return mmap.mmap(fd, length, access=access, offset=offset)  # holds a dup of fd until unmapped
+
+
+def copy(source: int, target: int) -> None:
+    """Copy `source` from its position to its end into `target`, in the kernel where it can."""
+    copied = 0
+    try:
+        while count := os.sendfile(target, source, copied, 1 << 30):
+            copied += count
+    except OSError as error:
+        # sendfile(2): EINVAL where the source cannot be mapped, or the target (not Linux) is no socket.
+        if copied or error.errno not in {errno.EINVAL, errno.ENOSYS, errno.ENOTSOCK, errno.EOPNOTSUPP}:
+            raise
+        with open(source, "rb", 0, closefd=False) as reader, open(target, "wb", 0, closefd=False) as writer:
+            shutil.copyfileobj(reader, writer)
+
+
+def label_of(fd: int) -> str | None:
+    """Return the name under which the system shows `fd`, without its folder; None if it does not tell."""
+    try:
+        path = os.readlink(f"/proc/self/fd/{fd}")
+    except OSError:
+        return None
+    return os.path.basename(path.removesuffix(" (deleted)")).removeprefix("memfd:")
+
+
+def is_path_only(flags: int) -> bool:
+    """Return whether the open flags are those of an O_PATH descriptor, which can be neither read nor mapped."""
+    return bool(flags & getattr(os, "O_PATH", 0))
+
+
+def peer_uid(sock: socket.socket) -> int | None:
+    """Return the user at the other end of a connected Unix socket (SO_PEERCRED); None if the system does not tell."""
+    if not hasattr(socket, "SO_PEERCRED"):
+        return None
+    _, uid, _ = struct.unpack("3i", sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i")))
+    return int(uid)
+
+
+def cache_line_size() -> int:
+    """Return the size of a data cache line in bytes; 64 where the system does not tell."""
+    with contextlib.suppress(ValueError, OSError):
+        return max(os.sysconf("SC_LEVEL1_DCACHE_LINESIZE"), 0) or 64
+    return 64
+
+
+class ProcessWatch:
+    """Wait for a descriptor, but no longer than a certain process lives.
+
+    By pidfd (Linux 5.3), which is readable from the process's end on; elsewhere by looking five times a second.
+    """
+
+    def __init__(self, pid: int) -> None:
+        """Watch `pid`. Raises ProcessLookupError if there is no such process."""
+        self._pid = pid
+        self._pidfd = -1
+        if hasattr(os, "pidfd_open"):
+            try:
+                self._pidfd = os.pidfd_open(pid)
+            except OSError as error:
+                # ENOSYS: an older kernel; EPERM: a container's filter of system calls.
+                if error.errno not in {errno.ENOSYS, errno.EPERM}:
+                    raise
+
+    def check(self, deadline: float) -> float:
+        """Return the seconds left until `time.monotonic()` reaches `deadline`.
+
+        Raises ProcessLookupError if the process is gone, TimeoutError if no time is left.
+        """
+        if self._pidfd >= 0:
+            gone = bool(_poll([self._pidfd], 0))
+        else:
+            try:
+                os.kill(self._pid, 0)
+                gone = False
+            except OSError as error:
+                gone = error.errno == errno.ESRCH
+        if gone:
+            raise ProcessLookupError(errno.ESRCH, f"process {self._pid} is gone")
+        left = deadline - time.monotonic()
+        if left <= 0:
+            raise TimeoutError(errno.ETIMEDOUT, f"process {self._pid} did not answer in time")
+        return left
+
+    def wait_readable(self, fd: int, deadline: float) -> None:
+        """Wait until `fd` is readable (or at its end). Raises as `check`, if `fd` is not readable by then."""
+        while not _poll([fd], 0):
+            left = self.check(deadline)
+            if self._pidfd >= 0:
+                _poll([fd, self._pidfd], left)
+            else:
+                _poll([fd], min(left, _WATCH_INTERVAL))
+
+    def close(self) -> None:
+        pidfd, self._pidfd = self._pidfd, -1
+        if pidfd >= 0:
+            os.close(pidfd)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def _poll(fds: list[int], timeout: float) -> bool:
+    """Return whether one of `fds` is readable, at its end or broken, within `timeout` seconds."""
+    poll = select.poll()
+    for fd in fds:
+        poll.register(fd, select.POLLIN)
+    return bool(poll.poll(timeout * 1000))

@@ -1,0 +1,271 @@
+"""The way of a descriptor through multiprocessing's resource sharer, made trustworthy.
+
+The resource sharer is a thread of the sender, listening on a Unix socket. What is pickled is its address
+and a key; unpickling claims the descriptor there, once. Beyond what multiprocessing has:
+
+- a claim never raises, and waits only while the sender lives: a child of a plain `os.fork()` keeps the
+  sender's listening socket open, so that after the sender's death a connection is made, and never answered;
+- a process that exits normally first waits until what it sent has been claimed;
+- a claimant that stalls or dies in the middle stops nobody else.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import functools
+import itertools
+import os
+import secrets
+import signal
+import socket
+import struct
+import threading
+import time
+from multiprocessing import connection, process, reduction, util
+from multiprocessing.resource_sharer import _ResourceSharer  # type: ignore[attr-defined]
+
+from ._backends import platform
+from ._fds import LostFd, OwnedFd, borrow_socket, recv_fd
+from .errors import failed
+
+#: A claim gives up after so many seconds, if the sender lives but does not answer.
+CLAIM_TIMEOUT = 60.0
+
+#: A claimant that says nothing for so many seconds is sent away.
+CLAIMANT_TIMEOUT = 5
+
+#: A process that exits waits so many seconds, at most, until what it sent has been claimed.
+EXIT_TIMEOUT = 10.0
+
+# When a process exits, multiprocessing first runs the finalizers from 0 on, next joins the children,
+# then runs the rest: at -5 queues join the threads that pickle what was put, at -100 its folder goes.
+_AWAIT_PRIORITY = -50
+_UNLINK_PRIORITY = -60
+
+# Tokens of what this process has given to the resource sharer and nobody has claimed yet. set.discard
+# is atomic: the sharer's thread uses it, and a forked child, where a lock might never be released.
+_unclaimed: set[int] = set()
+_tokens = itertools.count()
+
+# Where the sharer's thread tells a process that is exiting of each claim.
+_claim_notice = -1
+
+
+class _Listener:
+    """What the resource sharer needs of `multiprocessing.connection.Listener`, but reachable to the end.
+
+    That one gives up its name as the first thing when its process exits, so that children which are
+    joined next, or whoever reads what a queue's thread is still writing, would claim in vain.
+
+    The name is in the abstract namespace where there is one (unix(7)): nothing of it is left when the
+    process is killed, as a Pool kills its workers. As in a folder of one's own, only processes of the
+    same user are answered; and all have to know the authkey.
+    """
+
+    def __init__(self) -> None:
+        abstract = platform.ABSTRACT_SOCKETS
+        self.address: str = (
+            f"\0mpmemory-{secrets.token_hex(16)}" if abstract else connection.arbitrary_address("AF_UNIX")  # type: ignore[attr-defined]
+        )
+        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        try:
+            self._socket.setblocking(True)
+            self._socket.bind(self.address)
+            self._socket.listen(128)
+        except BaseException:
+            self._socket.close()
+            raise
+        self._unlink = (
+            None if abstract else util.Finalize(self, os.unlink, (self.address,), exitpriority=_UNLINK_PRIORITY)
+        )
+
+    def accept(self) -> connection.Connection:
+        sock, _ = self._socket.accept()
+        sock.setblocking(True)
+        # One claimant is served after the other: none may keep the rest waiting for long.
+        _limit(sock, socket.SO_RCVTIMEO, CLAIMANT_TIMEOUT)
+        uid = platform.peer_uid(sock)
+        conn = connection.Connection(sock.detach())
+        try:
+            if uid not in {None, 0, os.geteuid()}:
+                raise PermissionError(errno.EPERM, f"a process of user {uid} tried to claim memory")
+            authkey = process.current_process().authkey
+            connection.deliver_challenge(conn, authkey)
+            connection.answer_challenge(conn, authkey)
+        except BaseException:
+            conn.close()
+            raise
+        return conn
+
+    def close(self) -> None:
+        self._socket.close()
+        if self._unlink is not None:
+            self._unlink()  # does nothing in a forked child
+
+
+class _Sharer(_ResourceSharer):  # type: ignore[misc]
+    """The resource sharer of multiprocessing, on our listener, and with a thread that no claimant can stop."""
+
+    def _start(self) -> None:
+        self._listener = _Listener()
+        self._address = self._listener.address
+        self._thread = threading.Thread(target=self._serve, name="mpmemory-sharer", daemon=True)
+        self._thread.start()
+
+    def _serve(self) -> None:
+        signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())  # they are the main thread's
+        while True:
+            try:
+                with self._listener.accept() as conn:
+                    request = conn.recv()
+                    if request is None:  # stop()
+                        return
+                    key, pid = request
+                    send, close = self._cache.pop(key)
+                    try:
+                        send(conn, pid)
+                    finally:
+                        close()
+            except Exception as error:
+                # The claimant went away, is none of ours, or asks for what was claimed before. It sees the
+                # connection end; who gave the handle away could do nothing about it.
+                util.info("a claim of shared memory failed: %r", error)
+                if isinstance(error, OSError) and error.errno in {errno.EMFILE, errno.ENFILE}:
+                    time.sleep(0.02)  # the claim is still waiting: do not spin until a descriptor is free
+
+
+_sharer = _Sharer()
+
+
+class SharerFd:
+    """A descriptor that the sender's resource sharer hands out."""
+
+    def __init__(self, address: str, key: int, sender: int) -> None:
+        self._address = address
+        self._key = key
+        self._sender = sender
+
+    def claim(self) -> OwnedFd | LostFd:
+        try:
+            return self._fetch()
+        except (ConnectionError, EOFError, FileNotFoundError, ProcessLookupError) as error:
+            return LostFd.because(
+                error,
+                f"the sender (pid {self._sender}) is gone, or the handle was claimed before. A process that is killed, "
+                f"or waits in vain for {EXIT_TIMEOUT:.0f} s when it exits, takes along what nobody has received: "
+                "receive handles before you join their sender",
+            )
+        except Exception as error:
+            return LostFd.because(error, f"the handle from pid {self._sender} could not be received")
+
+    def _fetch(self) -> OwnedFd:
+        """Do as `multiprocessing.resource_sharer.DupFd.detach`, but hang on nobody, and keep the fd close-on-exec."""
+        deadline = time.monotonic() + CLAIM_TIMEOUT
+        with platform.ProcessWatch(self._sender) as watch:
+            sock = _connect(self._address, watch, deadline)
+            with _ClaimConnection(sock.detach(), watch, deadline) as claim:
+                authkey = process.current_process().authkey
+                connection.answer_challenge(claim, authkey)
+                connection.deliver_challenge(claim, authkey)
+                claim.send((self._key, os.getpid()))
+                watch.wait_readable(claim.fileno(), deadline)
+                with borrow_socket(claim.fileno()) as sock:
+                    fd = recv_fd(sock)
+                    if reduction.ACKNOWLEDGE:  # macOS: send_handle waits for it
+                        sock.send(b"A")
+                return fd
+
+
+class _ClaimConnection(connection.Connection):
+    """A connection that waits for a message only while its peer lives."""
+
+    def __init__(self, handle: int, watch: platform.ProcessWatch, deadline: float) -> None:
+        super().__init__(handle)
+        self._watch = watch
+        self._deadline = deadline
+
+    def recv_bytes(self, maxlength: int | None = None) -> bytes:
+        self._watch.wait_readable(self.fileno(), self._deadline)
+        return super().recv_bytes(maxlength)
+
+
+def _connect(address: str, watch: platform.ProcessWatch, deadline: float) -> socket.socket:
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        sock.setblocking(True)
+        # connect() blocks while the listener's queue is full. With a time limit in the kernel it is
+        # EAGAIN after that time (unix(7)); with one of Python's, the socket would not wait at all.
+        _limit(sock, socket.SO_SNDTIMEO, 1)
+        while True:
+            try:
+                sock.connect(address)
+            except BlockingIOError:
+                watch.check(deadline)
+            else:
+                _limit(sock, socket.SO_SNDTIMEO, 0)
+                return sock
+    except BaseException:
+        sock.close()
+        raise
+
+
+def _limit(sock: socket.socket, option: int, seconds: int) -> None:
+    """Set how long the kernel lets a call on the blocking socket wait (socket(7)); 0 is without limit."""
+    sock.setsockopt(socket.SOL_SOCKET, option, struct.pack("@ll", seconds, 0))  # struct timeval
+
+
+def share_by_sharer(fd: OwnedFd) -> SharerFd:
+    token = next(_tokens)
+
+    # These hold `fd` itself, not a duplicate: a thousand messages with one handle take one descriptor.
+    def send(conn: connection.Connection, pid: int) -> None:
+        reduction.send_handle(conn, fd.fileno(), pid)
+
+    _unclaimed.add(token)
+    try:
+        address, key = _sharer.register(send, functools.partial(_claimed, token))
+    except BaseException as error:
+        _unclaimed.discard(token)
+        if isinstance(error, OSError):
+            raise failed("cannot start the resource sharer that hands out memory", error) from None
+        raise
+    return SharerFd(address, key, os.getpid())
+
+
+def _claimed(token: int) -> None:
+    """Note that a handle was claimed, or is no longer ours to give: called by the sharer when it closes it."""
+    _unclaimed.discard(token)
+    if _claim_notice >= 0:
+        os.write(_claim_notice, b"\0")
+
+
+def _await_claims() -> None:
+    """Wait until all that was sent has been claimed, for `EXIT_TIMEOUT` at most, and while the parent lives.
+
+    A process without a multiprocessing parent does not wait: by then its children have been joined,
+    so that hardly anybody is left who could claim.
+    """
+    parent = process.parent_process()
+    if parent is not None and parent.pid is not None and _unclaimed:
+        _await(parent.pid)
+
+
+def _await(parent: int) -> None:
+    global _claim_notice
+    deadline = time.monotonic() + EXIT_TIMEOUT
+    reader, _claim_notice = os.pipe()  # left to the end of the process: the sharer's thread may be using it
+    with contextlib.suppress(ProcessLookupError, TimeoutError), platform.ProcessWatch(parent) as watch:
+        while _unclaimed:
+            watch.wait_readable(reader, deadline)
+            os.read(reader, 4096)
+
+
+def _register_exit(_: object = None) -> None:
+    util.Finalize(None, _await_claims, exitpriority=_AWAIT_PRIORITY)
+
+
+# Early, since a finalizer that is registered while finalizers run is forgotten; and again in each
+# forked child, which starts with none.
+_register_exit()
+util.register_after_fork(_register_exit, _register_exit)

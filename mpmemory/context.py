@@ -1,0 +1,85 @@
+"""Contexts: those of multiprocessing, with shared memory in them."""
+
+from __future__ import annotations
+
+import multiprocessing
+from multiprocessing import context
+from typing import Any, Literal, overload
+
+from . import buffer, memory
+
+
+class MemoryContext(context.BaseContext):
+    """What our contexts have beyond those of multiprocessing."""
+
+    # Neither depends on how processes are started. Classes, so that `ctx.Memory.from_bytes` works.
+    Memory = memory.Memory
+    SharedBuffer = buffer.SharedBuffer
+
+    def get_context(self, method: str | None = None) -> Any:
+        """Return this context, or ours of another start method. Raises ValueError for an unknown one."""
+        return self if method is None else _concrete(method)
+
+
+class ForkContext(MemoryContext, context.ForkContext):
+    """Children are forks of this process."""
+
+
+class SpawnContext(MemoryContext, context.SpawnContext):
+    """Children are new interpreters."""
+
+
+class ForkServerContext(MemoryContext, context.ForkServerContext):
+    """Children are forks of a server process that is kept free of threads."""
+
+
+class DefaultContext(MemoryContext, context.DefaultContext):
+    """Follows the start method of multiprocessing, whenever it is set."""
+
+    def __init__(self) -> None:
+        """Nothing is kept here: the one default start method is multiprocessing's."""
+
+    def get_context(self, method: str | None = None) -> Any:
+        return _concrete(method or self.get_start_method())
+
+    def get_start_method(self, allow_none: bool = False) -> Any:
+        return multiprocessing.get_start_method(allow_none)
+
+    def set_start_method(self, method: str | None, force: bool = False) -> None:
+        multiprocessing.set_start_method(method, force)
+
+
+_contexts: dict[str, ForkContext | SpawnContext | ForkServerContext] = {
+    "fork": ForkContext(),
+    "spawn": SpawnContext(),
+    "forkserver": ForkServerContext(),
+}
+
+#: The context whose methods are this package's functions.
+default_context = DefaultContext()
+
+
+def _concrete(method: str) -> ForkContext | SpawnContext | ForkServerContext:
+    try:
+        ctx = _contexts[method]
+    except KeyError:
+        raise ValueError(f"unknown start method {method!r}: expected one of {', '.join(_contexts)}") from None
+    ctx._check_available()
+    return ctx
+
+
+@overload
+def get_context(method: Literal["fork"]) -> ForkContext: ...
+@overload
+def get_context(method: Literal["spawn"]) -> SpawnContext: ...
+@overload
+def get_context(method: Literal["forkserver"]) -> ForkServerContext: ...
+@overload
+def get_context(method: str | None = None) -> ForkContext | SpawnContext | ForkServerContext: ...
+def get_context(method: str | None = None) -> ForkContext | SpawnContext | ForkServerContext:
+    """Return the context of a start method ("fork", "spawn", "forkserver"), or of multiprocessing's own if None.
+
+    It is a `multiprocessing` context with `Memory` and `SharedBuffer` in it, and goes wherever such a
+    one is asked for, as in `ProcessPoolExecutor(mp_context=...)`. Raises ValueError for an unknown method.
+    """
+    return default_context.get_context(method)  # type: ignore[no-any-return]

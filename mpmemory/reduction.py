@@ -1,0 +1,137 @@
+"""How a handle pickles: its file descriptor travels, by the way that fits who is pickling.
+
+=====================================  =============================================================
+being pickled                          the descriptor travels
+=====================================  =============================================================
+for a child that is being spawned      by inheritance (`multiprocessing.reduction.DupFd`); from
+                                       `FORKSERVER_FDS` on, by the resource sharer
+by any stock multiprocessing object    through `multiprocessing.resource_sharer`: a thread of the
+                                       sender hands it to whoever unpickles
+by plain pickle, or copy               not at all: TypeError
+=====================================  =============================================================
+
+Unpickling never raises. `multiprocessing.pool` ends its result thread at an OSError from unpickling, and
+every later `get()` hangs. A descriptor that cannot be had gives a lost handle instead, which raises
+HandleLostError when it is used.
+"""
+
+from __future__ import annotations
+
+import os
+import weakref
+from collections.abc import Callable
+from multiprocessing import context, reduction, util
+from typing import Any, Protocol, Self
+
+from ._fds import LostFd, OwnedFd
+from ._sharer import share_by_sharer
+
+#: So many descriptors one forkserver child inherits, at most; the rest go through the resource sharer.
+#: 253 fit one message (unix(7)), 4 are the fork server's own; sockets and pipes of the user need some.
+FORKSERVER_FDS = 200
+
+
+class Popen(Protocol):
+    """The part of `multiprocessing.popen_spawn_posix.Popen` and `popen_forkserver.Popen` used here."""
+
+    method: str
+    finalizer: object | None  # None until the child has been launched
+    _fds: list[int]
+
+
+class Shareable:
+    """Base of what pickles through multiprocessing, and only so.
+
+    Subclasses define `_reduce` and pickle as their own class. What a subclass of theirs adds to
+    `__dict__` travels along; `__getstate__` and `__setstate__` have their usual meaning.
+    """
+
+    __slots__ = ("__weakref__",)
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        # A pickler's dispatch table goes by exact type. Who defines a reduction of his own keeps it.
+        if cls.__reduce__ is Shareable.__reduce__ and cls.__reduce_ex__ is object.__reduce_ex__:
+            reduction.ForkingPickler.register(cls, _reduce_shareable)
+
+    def _reduce(self) -> tuple[Callable[..., Self], tuple[Any, ...]]:
+        """Return a function that rebuilds this object, and its arguments. It must never raise."""
+        raise NotImplementedError
+
+    def __getstate__(self) -> object:
+        return getattr(self, "__dict__", None) or None
+
+    def __reduce__(self) -> str | tuple[Any, ...]:
+        kind = type(self).__name__
+        raise TypeError(
+            f"cannot pickle or copy a {kind} by itself: its file descriptor travels only through multiprocessing. "
+            f"Pass the {kind} as an argument or result of a Process, Pool or ProcessPoolExecutor, put it into a "
+            "Queue or Pipe, or use Memory.send() on a Unix socket; Memory.dup() gives a second handle here"
+        )
+
+
+def _reduce_shareable(obj: Shareable) -> tuple[Any, ...]:
+    return (*obj._reduce(), obj.__getstate__())
+
+
+class SharedFd(Protocol):
+    """A descriptor under way: pickled by the sender, claimed once by the receiver."""
+
+    def claim(self) -> OwnedFd | LostFd:
+        """Return the descriptor, or what stands for a lost one. Never raises an Exception."""
+
+
+def share_fd(fd: OwnedFd | LostFd) -> SharedFd:
+    """Return what stands for `fd` in the pickle that this thread is making.
+
+    Raises:
+        HandleLostError: `fd` is that of a lost handle.
+        OSError: no descriptor is left, or the resource sharer cannot be started.
+    """
+    if isinstance(fd, LostFd):
+        fd.fileno()  # raises
+    popen: Any = context.get_spawning_popen()
+    if popen is None or (popen.method == "forkserver" and len(popen._fds) >= FORKSERVER_FDS):
+        return share_by_sharer(fd)
+    return _InheritedFd(popen, fd)
+
+
+# --- by inheritance -------------------------------------------------------------------------------
+
+# The duplicates that a launch is passing on must stay open until the child has been started, and
+# multiprocessing tells nobody when that is. So they are looked through whenever a handle is shared
+# or closed, and go with their Popen at the latest.
+_launching: weakref.WeakKeyDictionary[Popen, list[OwnedFd]] = weakref.WeakKeyDictionary()
+
+
+class _InheritedFd:
+    """A descriptor that the child being spawned inherits."""
+
+    def __init__(self, popen: Popen, fd: OwnedFd) -> None:
+        release_launched()
+        # A number of its own for each handle: spawn passes on the number itself, where the same one
+        # twice is refused (python/cpython#87308), and two owners in the child would close it twice.
+        dup = fd.dup()
+        _launching.setdefault(popen, []).append(dup)
+        self._wrapper = reduction.DupFd(dup.fileno())
+
+    def claim(self) -> OwnedFd | LostFd:
+        try:
+            number = self._wrapper.detach()
+            os.set_inheritable(number, False)
+        except Exception as error:
+            return LostFd.because(error, "the memory was not inherited")
+        return OwnedFd(number)
+
+
+def release_launched(launching: weakref.WeakKeyDictionary[Popen, list[OwnedFd]] = _launching) -> None:
+    """Close the duplicates made for children that have been started since."""
+    if launching:
+        for reference in launching.keyrefs():  # a list, made atomically: any thread may be spawning
+            popen = reference()
+            if popen is not None and popen.finalizer is not None:
+                launching.pop(popen, None)
+
+
+# The child's copies: a fork may come in the middle of another thread's launch.
+util.register_after_fork(_launching, weakref.WeakKeyDictionary.clear)
