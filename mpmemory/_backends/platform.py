@@ -60,7 +60,8 @@ def grow(fd: int, size: int) -> None:
             if os.fstat(fd).st_size < size:
                 raise
     elif hasattr(os, "posix_fallocate"):
-        os.posix_fallocate(fd, 0, size)
+        if size:  # 0 is EINVAL
+            os.posix_fallocate(fd, 0, size)
     elif os.fstat(fd).st_size < size:
         os.ftruncate(fd, size)
 

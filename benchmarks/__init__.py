@@ -1,0 +1,1 @@
+"""What sharing memory costs, measured side by side with what else one would use: `python -m benchmarks`."""

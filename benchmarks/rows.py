@@ -1,0 +1,211 @@
+"""The rows of the table: what is done, and what it is measured against. README.md has the questions."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import mmap
+import multiprocessing
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Callable, Generator, Iterator, Sequence
+from functools import partial
+from multiprocessing.connection import Connection
+from multiprocessing.shared_memory import SharedMemory
+
+import mpmemory
+from mpmemory import PAGE_SIZE, Memory, Seal, SharedBuffer
+
+from .measure import Comparison, Side, shielded
+
+Row = Callable[[], Generator[Comparison, None, None]]
+
+SMALL = 4096
+LARGE = 16 << 20
+
+# The flags that the library uses here. MFD_NOEXEC_SEAL (0x8) is not in Python, and only in Linux 6.3 on.
+MEMFD_FLAGS = os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING | (0x8 if Seal.EXEC in Memory(0).seals else 0)
+
+
+# --- making memory --------------------------------------------------------------------------------
+
+
+def small() -> Generator[Comparison, None, None]:
+    yield Comparison(
+        200,
+        Side("SharedBuffer of 4 KB", _small_buffer),
+        (Side("SharedMemory", _small_shared_memory), Side("bare calls", _small_bare)),
+    )
+
+
+def _small_buffer() -> None:
+    buffer = SharedBuffer(SMALL)
+    buffer[0] = 1
+    buffer.close()
+
+
+def _small_shared_memory() -> None:
+    memory = SharedMemory(create=True, size=SMALL)
+    view = memory.buf
+    assert view is not None  # typeshed: until it is closed
+    view[0] = 1
+    memory.close()
+    memory.unlink()
+
+
+def _small_bare() -> None:
+    fd, mapping = _bare(SMALL)
+    mapping[0] = 1
+    mapping.close()
+    os.close(fd)
+
+
+def large() -> Generator[Comparison, None, None]:
+    data = b"\xa5" * LARGE  # not bytes(LARGE), which would be one page of zeros, mapped again and again
+    yield Comparison(
+        1,
+        Side("SharedBuffer.from_bytes of 16 MB", partial(_large_buffer, data)),
+        (
+            Side("SharedMemory, copied into", partial(_large_shared_memory, data)),
+            Side("bare calls, copied into", partial(_large_bare, data)),
+        ),
+    )
+
+
+def _large_buffer(data: bytes) -> None:
+    buffer = SharedBuffer.from_bytes(data)
+    _touch(buffer.buf)
+    buffer.close()
+
+
+def _large_shared_memory(data: bytes) -> None:
+    memory = SharedMemory(create=True, size=len(data))
+    view = memory.buf
+    assert view is not None
+    view[:] = data
+    _touch(view)
+    memory.close()
+    memory.unlink()
+
+
+def _large_bare(data: bytes) -> None:
+    fd, mapping = _bare(len(data))
+    mapping[:] = data
+    with memoryview(mapping) as view:
+        _touch(view)
+    mapping.close()
+    os.close(fd)
+
+
+def _bare(size: int) -> tuple[int, mmap.mmap]:
+    fd = os.memfd_create("bare", MEMFD_FLAGS)
+    fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK)
+    os.ftruncate(fd, size)
+    return fd, mmap.mmap(fd, size)
+
+
+def _touch(view: memoryview) -> None:
+    """Read a byte of each page: what was written without the mapping is not in its page table yet."""
+    view[::PAGE_SIZE].tobytes()
+
+
+# --- sending a handle -----------------------------------------------------------------------------
+
+
+def handle() -> Generator[Comparison, None, None]:
+    ours, theirs = socket.socketpair()
+    with ours, theirs, Memory(SMALL) as memory, _echo_child() as connection:
+        yield Comparison(
+            20,
+            Side("Memory there and back through a Pipe", partial(_round_trip, connection, memory)),
+            (
+                Side("an int", partial(_round_trip, connection, 1)),
+                Side("a socket", partial(_round_trip, connection, ours)),
+            ),
+        )
+
+
+@contextlib.contextmanager
+def _echo_child() -> Iterator[Connection]:
+    here, there = multiprocessing.Pipe()
+    with here:
+        child = multiprocessing.get_context("spawn").Process(target=_echo, args=(there,))
+        with shielded(), there:
+            child.start()
+        try:
+            yield here
+        finally:
+            child.terminate()
+            child.join()
+
+
+def _echo(connection: Connection) -> None:
+    while True:
+        item = connection.recv()
+        connection.send(item)
+        _close(item)
+
+
+def _round_trip(connection: Connection, item: Memory | socket.socket | int) -> None:
+    connection.send(item)
+    _close(connection.recv())
+
+
+def _close(item: Memory | socket.socket | int) -> None:
+    if not isinstance(item, int):
+        item.close()
+
+
+# --- starting a process ---------------------------------------------------------------------------
+
+
+def start() -> Generator[Comparison, None, None]:
+    with contextlib.ExitStack() as stack:
+        handles = [stack.enter_context(Memory(SMALL)) for _ in range(100)]
+        for method in multiprocessing.get_all_start_methods():
+            for count in (1, 100):
+                yield Comparison(
+                    1,
+                    Side(f"{method}, handles as arguments: {count}", partial(_start, method, handles[:count])),
+                    (
+                        Side("none", partial(_start, method, [])),
+                        Side("none, but the import", partial(_start, method, [Memory])),
+                    ),
+                )
+
+
+def _start(method: str, items: Sequence[object]) -> None:
+    # A built-in as the target: the child imports nothing but what its arguments need.
+    process = mpmemory.get_context(method).Process(target=len, args=(items,))
+    with shielded():
+        process.start()
+        process.join()
+    if process.exitcode != 0:
+        raise RuntimeError(f"the {method} child ended with {process.exitcode}")
+
+
+# --- importing ------------------------------------------------------------------------------------
+
+
+def imports() -> Generator[Comparison, None, None]:
+    yield Comparison(
+        1,
+        Side("python -c 'import mpmemory'", partial(_python, "import mpmemory")),
+        (
+            Side(
+                "multiprocessing's modules",
+                partial(_python, "import multiprocessing.context, multiprocessing.pool, multiprocessing.connection"),
+            ),
+            Side("no import", partial(_python, "pass")),
+        ),
+    )
+
+
+def _python(code: str) -> None:
+    with shielded():
+        subprocess.run([sys.executable, "-c", code], check=True)
+
+
+ROWS: dict[str, Row] = {"small": small, "large": large, "handle": handle, "start": start, "import": imports}

@@ -1,0 +1,97 @@
+"""Fixtures of all tests: every one leaves no process, descriptor, mapping or shared memory behind."""
+
+from __future__ import annotations
+
+import gc
+import multiprocessing
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from multiprocessing import forkserver, resource_tracker
+from pathlib import Path
+
+import pytest
+
+import mpmemory
+from mpmemory import _backends, _sharer
+
+START_METHODS = ["fork", "forkserver", "spawn"]
+BACKENDS = [name for name, backend in _backends.BACKENDS.items() if backend.available()]
+
+
+def open_fds() -> dict[int, str]:
+    """Return this process's descriptors and what they are on."""
+    fds = {}
+    for entry in os.listdir("/proc/self/fd"):
+        try:
+            fds[int(entry)] = os.readlink(f"/proc/self/fd/{entry}")
+        except FileNotFoundError:  # the listing's own
+            continue
+    return fds
+
+
+def mappings() -> list[str]:
+    """Return this process's mappings of shared memory, whatever their names."""
+    lines = Path("/proc/self/maps").read_text().splitlines()
+    return sorted(line for line in lines if re.search(r"/memfd:|/dev/shm/|\(deleted\)", line))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _long_lived_helpers() -> None:
+    """Start what multiprocessing starts once a process, so that no test seems to leak it."""
+    resource_tracker.ensure_running()
+    forkserver.ensure_running()
+
+
+@pytest.fixture(autouse=True)
+def _leaves_nothing(_long_lived_helpers: None) -> Iterator[None]:
+    gc.collect()
+    fds, maps, shm = open_fds(), mappings(), set(os.listdir("/dev/shm"))
+    yield
+    _sharer._sharer.stop(timeout=10)
+    gc.collect()
+    assert multiprocessing.active_children() == []
+    leaked = {fd: what for fd, what in open_fds().items() if fds.get(fd) != what}
+    assert leaked == {}
+    assert [line for line in mappings() if line not in maps] == []
+    ours = {name for name in set(os.listdir("/dev/shm")) - shm if name.startswith("mpmemory")}
+    assert ours == set()
+
+
+@pytest.fixture(params=BACKENDS)
+def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """Run the test on each backend, in this process and in all that it starts."""
+    monkeypatch.setenv("MPMEMORY_BACKEND", request.param)
+    _backends.chosen.cache_clear()
+    yield request.param
+    _backends.chosen.cache_clear()
+
+
+@pytest.fixture(params=START_METHODS)
+def ctx(request: pytest.FixtureRequest) -> mpmemory.context.ForkContext:
+    """Run the test with each start method, in a context of ours."""
+    return mpmemory.get_context(request.param)
+
+
+@pytest.fixture
+def run_python(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """Run a program in a new interpreter; fail the test if it fails, unless `check=False`."""
+
+    def run(source: str, *args: str, check: bool = True, **options: object) -> subprocess.CompletedProcess[str]:
+        script = tmp_path / "program.py"
+        script.write_text(source)
+        done = subprocess.run(
+            [sys.executable, "-W", "error", str(script), *args],
+            text=True,
+            capture_output=True,
+            timeout=60,
+            check=False,
+            **options,  # type: ignore[call-overload]
+        )
+        if check:
+            assert done.returncode == 0, done.stderr
+        return done
+
+    return run
