@@ -10,6 +10,7 @@ import statistics
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from multiprocessing import resource_tracker
 from time import perf_counter
 
 ROUNDS = 31
@@ -72,15 +73,17 @@ def interleave(comparison: Comparison, *, quick: bool = False) -> dict[str, Resu
 
 
 def _sample(run: Callable[[], object], calls: int) -> float:
-    start = perf_counter()
-    for _ in range(calls):
-        run()
-    return (perf_counter() - start) / calls
+    with shielded():  # a claim or a child cut off in the middle would print tracebacks of its own
+        start = perf_counter()
+        for _ in range(calls):
+            run()
+        return (perf_counter() - start) / calls
 
 
 @contextlib.contextmanager
 def shielded() -> Iterator[None]:
     """Hold Ctrl-C back until the end of the block, and from processes started in it: only the main one reports it."""
+    resource_tracker.ensure_running()  # now, since it unblocks SIGINT when it starts (seen in Python 3.11 to 3.13)
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield

@@ -131,21 +131,25 @@ def handle() -> Generator[Comparison, None, None]:
 def _echo_child() -> Iterator[Connection]:
     here, there = multiprocessing.Pipe()
     with here:
-        child = multiprocessing.get_context("spawn").Process(target=_echo, args=(there,))
-        with shielded(), there:
-            child.start()
+        child = multiprocessing.get_context("spawn").Process(target=_echo, args=(there,), daemon=True)
         try:
+            with shielded(), there:
+                child.start()
             yield here
         finally:
-            child.terminate()
-            child.join()
+            here.close()  # the child ends, after a claim that is under way
+            if child.pid is not None:
+                child.join(1)
+                child.terminate()
+                child.join()
 
 
 def _echo(connection: Connection) -> None:
-    while True:
-        item = connection.recv()
-        connection.send(item)
-        _close(item)
+    with contextlib.suppress(EOFError, ConnectionError):
+        while True:
+            item = connection.recv()
+            connection.send(item)
+            _close(item)
 
 
 def _round_trip(connection: Connection, item: Memory | socket.socket | int) -> None:
@@ -179,9 +183,8 @@ def start() -> Generator[Comparison, None, None]:
 def _start(method: str, items: Sequence[object]) -> None:
     # A built-in as the target: the child imports nothing but what its arguments need.
     process = mpmemory.get_context(method).Process(target=len, args=(items,))
-    with shielded():
-        process.start()
-        process.join()
+    process.start()
+    process.join()
     if process.exitcode != 0:
         raise RuntimeError(f"the {method} child ended with {process.exitcode}")
 
@@ -204,8 +207,7 @@ def imports() -> Generator[Comparison, None, None]:
 
 
 def _python(code: str) -> None:
-    with shielded():
-        subprocess.run([sys.executable, "-c", code], check=True)
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 ROWS: dict[str, Row] = {"small": small, "large": large, "handle": handle, "start": start, "import": imports}

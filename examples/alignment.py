@@ -20,19 +20,18 @@ COUNT = 500_000
 ROUNDS = 3
 ITEM = 8  # bytes, of a counter ("Q") and of a time ("d")
 
-# The times are kept far from the counters, two of them.
+# The two processes' times, far from the counters.
 TIMES_AT = mp.PAGE_SIZE
 SIZE = TIMES_AT + 2 * ITEM
 
 
 def count(buffer: mp.SharedBuffer, number: int, offset: int, barrier: Barrier) -> None:
     counter = buffer.view("Q", 1, offset)
-    times = buffer.view("d", 2, TIMES_AT)
     barrier.wait(timeout=30)
     start = time.perf_counter()
     for _ in range(COUNT):
         counter[0] += 1
-    times[number] = time.perf_counter() - start
+    buffer.set_value("d", TIMES_AT + number * ITEM, time.perf_counter() - start)
 
 
 def measure(start_method: str, offsets: tuple[int, int]) -> float:
@@ -53,7 +52,8 @@ def measure(start_method: str, offsets: tuple[int, int]) -> float:
         counts = [buffer.get_value("Q", offset) for offset in offsets]
         if exitcodes != [0, 0] or counts != [COUNT, COUNT]:
             raise SystemExit(f"expected exit codes [0, 0] and counts {[COUNT, COUNT]}, found {exitcodes} and {counts}")
-        return max(buffer.get_values("2d", TIMES_AT))
+        slowest: float = max(buffer.get_values("2d", TIMES_AT))
+        return slowest
 
 
 def main() -> None:
@@ -67,16 +67,16 @@ def main() -> None:
     times = [(measure(method, together), measure(method, apart)) for _ in range(ROUNDS)]
     one_line, own_lines = (min(column) for column in zip(*times, strict=True))
 
-    print(f"Counters in one cache line, offsets {together}:    {one_line * 1e3:7.1f} ms (best of {ROUNDS})")
-    print(f"Counters in lines of their own, offsets {apart}: {own_lines * 1e3:6.1f} ms (best of {ROUNDS})")
+    print(f"Counters in one cache line, offsets {together}:      {one_line * 1e3:7.1f} ms (best of {ROUNDS})")
+    print(f"Counters in lines of their own, offsets {apart}: {own_lines * 1e3:7.1f} ms (best of {ROUNDS})")
     print(f"Ratio: {one_line / own_lines:.2f}")
     if os.cpu_count() == 1:
-        print("There is one processor here: the two never write at the same time, and no difference is to be seen.")
+        print("There is one processor here: the two never write at the same time, so a shared line costs nothing.")
     print(
-        "Take the ratio with care. Python spends far longer on each step of the loop than on the write itself,\n"
-        "which can hide most or all of what a shared line costs, and where the system runs the two processes\n"
-        "(on hyperthreads of one core, on cores, on sockets) changes the result. In compiled code, or with\n"
-        "NumPy, the same layout matters far more."
+        "Take the ratio with care: Python spends far longer on each step of the loop than on the write itself,\n"
+        "which can hide most or all of what a shared line costs (a compiled loop hides nothing). It also depends\n"
+        "on where the system runs the two processes (hyperthreads of one core, cores, sockets), and on what else\n"
+        "runs meanwhile. Below about 1.1, or if it changes from run to run, it says nothing."
     )
     print("OK: all counters are right, in either layout.")
 

@@ -105,25 +105,24 @@ def main() -> None:
     except ValueError as error:
         parser.error(f"{args.path}: {error}")
     loading = time.perf_counter() - start
-    print(f"Loaded {text.size:,} bytes of {len(files):,} files into shared memory: {loading:.2f} s")
+    print(f"Loaded {text.size:,} bytes into shared memory (files: {len(files):,}): {loading:.2f} s")
 
     with text:
         start = time.perf_counter()
         expected = count_words((text.memory, 0, text.size))
         sequential = time.perf_counter() - start
-        print(
-            f"Counted {expected.total():,} words, {len(expected):,} of them distinct, in one process: {sequential:.2f} s"
-        )
+        words = f"{expected.total():,} words, {len(expected):,} of them distinct"
+        print(f"Counted {words}, in one process: {sequential:.2f} s")
 
         start = time.perf_counter()
-        # Several tasks for each process even out their speed; each task more sends another Counter back.
+        # Several tasks for each process even out their speed. Each sends a Counter back: so not too many.
         tasks = cut(text, 4 * args.processes)
         found: Counter[bytes] = Counter()
         with ctx.Pool(args.processes) as pool:
             for counter in pool.map(count_words, tasks, chunksize=1):
                 found.update(counter)
         parallel = time.perf_counter() - start
-        print(f"The same in {args.processes} processes and {len(tasks)} tasks, their start included: {parallel:.2f} s")
+        print(f"The same with processes: {args.processes}, tasks: {len(tasks)}, pool start included: {parallel:.2f} s")
 
     print(f"Speed-up: {sequential / parallel:.2f} ({args.start_method}, {os.cpu_count()} processors)")
     if found != expected:

@@ -13,29 +13,25 @@ import argparse
 import contextlib
 import itertools
 import socket
-from typing import TextIO
 
 import mpmemory as mp
 
 TEXTS = [b"Hello World", b"Shared Memory", b"Zero Copy IPC"]
 
 
-def open_lines(sock: socket.socket) -> TextIO:
-    return sock.makefile("rw", encoding="ascii", newline="\n")
-
-
 def worker(sock: socket.socket) -> None:
     # A parent that was killed would not show as the end of the stream: forked workers have that end, too.
     sock.settimeout(30)
     # The descriptor comes first. Opened any earlier, the buffered lines could swallow the byte it travels with.
-    with sock, mp.Memory.receive(sock) as memory, memory.map() as buffer, open_lines(sock) as lines:
+    # They are for reading only: a text file for both drops lines that it has read ahead when it is written to.
+    with sock, mp.Memory.receive(sock) as memory, memory.map() as buffer, sock.makefile("rb") as lines:
         for line in lines:
             match line.split():
-                case ["WORK", offset, length]:
+                case [b"WORK", offset, length]:
                     data = buffer.get_bytes(int(offset), int(length))
                     buffer.set_bytes(data[::-1], int(offset))
-                    print("DONE", offset, length, file=lines, flush=True)
-                case ["QUIT"]:
+                    sock.sendall(b"DONE %b %b\n" % (offset, length))
+                case [b"QUIT"]:
                     return
                 case _:
                     raise SystemExit(f"worker: expected WORK or QUIT, found {line!r}")
@@ -58,30 +54,30 @@ def main() -> None:
         processes, peers = [], []
         for _ in range(args.workers):
             ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+            stack.enter_context(ours)
             with theirs:  # only the worker keeps it: should it die, we read the end of the stream
-                stack.enter_context(ours)
                 process = ctx.Process(target=worker, args=(theirs,), daemon=True)
                 process.start()
             buffer.memory.send(ours)
             processes.append(process)
-            peers.append(stack.enter_context(open_lines(ours)))
+            peers.append((ours, stack.enter_context(ours.makefile("rb"))))
         print(f"Sent {buffer.size} bytes of shared memory to {len(peers)} workers, as a file descriptor each.")
 
         # All requests, then all answers: few enough to fit the sockets' buffers.
-        jobs = list(zip(TEXTS, offsets, itertools.cycle(peers)))  # noqa: B905  # up to the shortest
-        for text, offset, peer in jobs:
-            print("WORK", offset, len(text), file=peer, flush=True)
-        for text, offset, peer in jobs:
-            answer, expected = peer.readline(), f"DONE {offset} {len(text)}\n"
+        jobs = list(zip(TEXTS, offsets, itertools.cycle(peers)))
+        for text, offset, (sock, _) in jobs:
+            sock.sendall(b"WORK %d %d\n" % (offset, len(text)))
+        for text, offset, (_, lines) in jobs:
+            answer, expected = lines.readline(), b"DONE %d %d\n" % (offset, len(text))
             if answer != expected:
                 raise SystemExit(f"expected the answer {expected!r}, found {answer!r}")
             result = buffer.get_bytes(offset, len(text))
-            print(f"Worker {peers.index(peer)} reversed {text!r} in place: {result!r}.")
+            print(f"{text!r} is reversed, in place: {result!r}.")
             if result != text[::-1]:
                 raise SystemExit(f"expected {text[::-1]!r}, found {result!r}")
 
-        for peer, process in zip(peers, processes, strict=True):
-            print("QUIT", file=peer, flush=True)
+        for (sock, _), process in zip(peers, processes, strict=True):
+            sock.sendall(b"QUIT\n")
             process.join()
             if process.exitcode != 0:
                 raise SystemExit(f"worker: expected exit code 0, found {process.exitcode}")

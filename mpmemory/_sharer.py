@@ -117,22 +117,28 @@ class _Sharer(_ResourceSharer):  # type: ignore[misc]
         signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())  # they are the main thread's
         while True:
             try:
-                with self._listener.accept() as conn:
-                    request = conn.recv()
-                    if request is None:  # stop()
-                        return
-                    key, pid = request
-                    send, close = self._cache.pop(key)
-                    try:
-                        send(conn, pid)
-                    finally:
-                        close()
+                if not self._answer():
+                    return
             except Exception as error:
                 # The claimant went away, is none of ours, or asks for what was claimed before. It sees the
                 # connection end; who gave the handle away could do nothing about it.
                 util.info("a claim of shared memory failed: %r", error)
                 if isinstance(error, OSError) and error.errno in {errno.EMFILE, errno.ENFILE}:
                     time.sleep(0.02)  # the claim is still waiting: do not spin until a descriptor is free
+
+    def _answer(self) -> bool:
+        """Serve one claimant, and return whether to go on. Apart, so that nothing of it is held till the next."""
+        with self._listener.accept() as conn:
+            request = conn.recv()
+            if request is None:  # from stop()
+                return False
+            key, pid = request
+            send, close = self._cache.pop(key)
+            try:
+                send(conn, pid)
+            finally:
+                close()
+        return True
 
 
 _sharer = _Sharer()

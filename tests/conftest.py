@@ -38,15 +38,11 @@ def mappings() -> list[str]:
     return sorted(line for line in lines if re.search(r"/memfd:|/dev/shm/|\(deleted\)", line))
 
 
-@pytest.fixture(scope="session", autouse=True)
-def _long_lived_helpers() -> None:
-    """Start what multiprocessing starts once a process, so that no test seems to leak it."""
+@pytest.fixture(autouse=True)
+def _leaves_nothing() -> Iterator[None]:
+    # What multiprocessing starts once and keeps, so that no test seems to leak it.
     resource_tracker.ensure_running()
     forkserver.ensure_running()
-
-
-@pytest.fixture(autouse=True)
-def _leaves_nothing(_long_lived_helpers: None) -> Iterator[None]:
     gc.collect()
     fds, maps, shm = open_fds(), mappings(), set(os.listdir("/dev/shm"))
     yield

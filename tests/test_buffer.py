@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -335,7 +336,7 @@ def test_threads_share_a_buffer() -> None:
 
 def test_a_mapping_of_the_maximum_number(run_python: Any) -> None:
     """vm.max_map_count: an OSError that says so, not a crash."""
-    limit = int(open("/proc/sys/vm/max_map_count").read())  # noqa: SIM115
+    limit = int(Path("/proc/sys/vm/max_map_count").read_text())
     if limit > 200_000 or sys.version_info < (3, 13):
         pytest.skip("needs many mappings, and a descriptor for each before Python 3.13")
     run_python(

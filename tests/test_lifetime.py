@@ -1,0 +1,165 @@
+"""Memory goes with its last holder, however that one ends."""
+
+from __future__ import annotations
+
+import os
+import re
+import select
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import START_METHODS
+
+from mpmemory import Memory, SharedBuffer
+
+SIZE = 100 << 20
+
+
+def shared_memory() -> int:
+    """Return the bytes of shared memory that this machine has in use."""
+    match = re.search(r"^Shmem: +(\d+) kB", Path("/proc/meminfo").read_text(), re.MULTILINE)
+    assert match
+    return int(match[1]) * 1024
+
+
+def wait_for_shared_memory_below(limit: int) -> None:
+    """The kernel frees memory some time after the last process that held it is gone. There is no event for it."""
+    deadline = time.monotonic() + 20
+    while shared_memory() >= limit:
+        assert time.monotonic() < deadline, f"{shared_memory()} bytes of shared memory, expected less than {limit}"
+        time.sleep(0.01)
+
+
+TREE = """
+import os, sys
+import mpmemory as mp
+
+def hold(*args):
+    args[0].send([os.getpid(), *(buffer.get_value("<q", 0) for buffer in args[1:])])
+    args[0].recv()
+
+def nested(method, conn, buffer):
+    inner = mp.get_context(method).Process(target=hold, args=(conn, buffer))
+    inner.start()
+    hold(conn, buffer)
+
+if __name__ == "__main__":
+    method = sys.argv[1]
+    ctx = mp.get_context(method)
+    buffer = mp.SharedBuffer(100 << 20)
+    buffer.clear(1)
+    ours, theirs = ctx.Pipe()
+    ctx.Process(target=hold, args=(theirs, buffer)).start()
+    ctx.Process(target=nested, args=(method, theirs, buffer)).start()
+    pool = ctx.Pool(2)
+    made = pool.map(mp.SharedBuffer.from_bytes, [bytes(1000)] * 10)
+    queue = ctx.Queue()
+    queue.put(buffer)  # never claimed
+    for _ in range(3):
+        ours.recv()
+    print("ready", flush=True)
+    ours.recv()
+"""
+
+
+@pytest.mark.parametrize("method", START_METHODS)
+def test_killing_a_whole_tree_leaves_nothing(method: str, tmp_path: Path) -> None:
+    program = tmp_path / "tree.py"
+    program.write_text(TREE)
+    before = shared_memory()
+    dev_shm = set(os.listdir("/dev/shm"))
+    # A session of its own, so that all of it can be killed at once: resource tracker and fork server, too.
+    environment = {**os.environ, "TMPDIR": str(tmp_path)}
+    tree = subprocess.Popen(
+        [sys.executable, program, method],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        start_new_session=True,
+        env=environment,
+    )
+    try:
+        assert tree.stdout
+        assert tree.stdout.readline() == b"ready\n"
+        assert shared_memory() >= before + SIZE // 2  # other tests run at the same time
+    finally:
+        os.killpg(tree.pid, signal.SIGKILL)
+    _, errors = tree.communicate(timeout=30)  # returns when no process has its standard error any more
+    assert errors == b""
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith("mpmemory")]
+    wait_for_shared_memory_below(before + SIZE // 2)
+    left = {name for name in set(os.listdir("/dev/shm")) - dev_shm if not name.startswith("sem.")}
+    assert left == set()
+
+
+def test_memory_is_freed_with_its_last_handle() -> None:
+    before = shared_memory()
+    memory = Memory(SIZE)
+    buffer = memory.map()
+    buffer.clear(1)
+    other = memory.dup()
+    assert memory.resident == SIZE
+    memory.close()
+    buffer.close()
+    assert other.resident == SIZE
+    assert shared_memory() >= before + SIZE // 2
+    del other
+    wait_for_shared_memory_below(before + SIZE // 2)
+
+
+def make_big(_: object) -> SharedBuffer:
+    buffer = SharedBuffer(SIZE)
+    buffer.clear(1)
+    return buffer
+
+
+@pytest.mark.parametrize("method", START_METHODS)
+def test_what_a_worker_made_is_freed_here(method: str) -> None:
+    import mpmemory
+
+    before = shared_memory()
+    with mpmemory.get_context(method).Pool(1) as pool:
+        buffer = pool.apply(make_big, (None,))
+        assert buffer[SIZE - 1] == 1
+        buffer.close()
+        wait_for_shared_memory_below(before + SIZE // 2)
+        pool.close()
+        pool.join()
+
+
+def test_a_spawned_childs_memory_is_freed_when_the_parent_drops_it(run_python: Any) -> None:
+    """Also while the Process object is kept: the duplicate that was passed on goes with the handle."""
+    import mpmemory
+
+    before = shared_memory()
+    memory = Memory(SIZE)
+    memory.map().clear(1)
+    child = mpmemory.get_context("spawn").Process(target=make_nothing, args=(memory,))
+    child.start()
+    child.join()
+    memory.close()
+    wait_for_shared_memory_below(before + SIZE // 2)
+    assert child.exitcode == 0
+
+
+def make_nothing(_: Memory) -> None:
+    pass
+
+
+def test_a_forked_childs_handles_are_its_own() -> None:
+    memory = Memory(10)
+    reader, writer = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        memory.close()
+        os.write(writer, b"closed")
+        os._exit(0)
+    assert select.select([reader], [], [], 30)[0]
+    os.waitpid(pid, 0)
+    assert memory.pwrite(b"still open") == 10
+    os.close(reader)
+    os.close(writer)
