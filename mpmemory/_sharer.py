@@ -13,10 +13,10 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import functools
 import itertools
 import os
-import secrets
 import signal
 import socket
 import struct
@@ -24,6 +24,7 @@ import threading
 import time
 from multiprocessing import connection, process, reduction, util
 from multiprocessing.resource_sharer import _ResourceSharer  # type: ignore[attr-defined]
+from typing import ClassVar
 
 from ._backends import platform
 from ._fds import LostFd, OwnedFd, borrow_socket, recv_fd
@@ -66,7 +67,7 @@ class _Listener:
     def __init__(self) -> None:
         abstract = platform.ABSTRACT_SOCKETS
         self.address: str = (
-            f"\0mpmemory-{secrets.token_hex(16)}" if abstract else connection.arbitrary_address("AF_UNIX")  # type: ignore[attr-defined]
+            f"\0mpmemory-{os.urandom(16).hex()}" if abstract else connection.arbitrary_address("AF_UNIX")  # type: ignore[attr-defined]
         )
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
@@ -108,10 +109,15 @@ class _Sharer(_ResourceSharer):  # type: ignore[misc]
     """The resource sharer of multiprocessing, on our listener, and with a thread that no claimant can stop."""
 
     def _start(self) -> None:
-        self._listener = _Listener()
-        self._address = self._listener.address
-        self._thread = threading.Thread(target=self._serve, name="mpmemory-sharer", daemon=True)
-        self._thread.start()
+        self._listener = listener = _Listener()
+        thread = threading.Thread(target=self._serve, name="mpmemory-sharer", daemon=True)
+        try:
+            thread.start()
+        except BaseException:
+            listener.close()
+            raise
+        self._thread = thread
+        self._address = listener.address  # by this the base class tells that it is running
 
     def _serve(self) -> None:
         signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())  # they are the main thread's
@@ -207,7 +213,7 @@ def _connect(address: str, watch: platform.ProcessWatch, deadline: float) -> soc
             try:
                 sock.connect(address)
             except BlockingIOError:
-                watch.check(deadline)
+                watch.wait([], deadline)
             else:
                 _limit(sock, socket.SO_SNDTIMEO, 0)
                 return sock
@@ -221,7 +227,34 @@ def _limit(sock: socket.socket, option: int, seconds: int) -> None:
     sock.setsockopt(socket.SOL_SOCKET, option, struct.pack("@ll", seconds, 0))  # struct timeval
 
 
-def share_by_sharer(fd: OwnedFd) -> SharerFd:
+class ProcFd:
+    """A descriptor that the receiver opens anew in /proc: for a sender that can start no thread any more."""
+
+    # What was given away so stays open to the end of the process, which is near.
+    _kept: ClassVar[list[OwnedFd]] = []
+
+    def __init__(self, fd: OwnedFd) -> None:
+        self._kept.append(fd)
+        number = fd.fileno()
+        status = os.fstat(number)
+        self._path = f"/proc/{os.getpid()}/fd/{number}"
+        self._identity = status.st_dev, status.st_ino
+        self._mode = fcntl.fcntl(number, fcntl.F_GETFL) & os.O_ACCMODE
+
+    def claim(self) -> OwnedFd | LostFd:
+        what = f"the sender of {self._path} is gone, or did not wait"
+        try:
+            fd = OwnedFd(os.open(self._path, self._mode | os.O_CLOEXEC))
+            status = os.fstat(fd.fileno())
+        except OSError as error:
+            return LostFd.because(error, what)
+        if (status.st_dev, status.st_ino) != self._identity:  # the number was used again
+            return LostFd.because(FileNotFoundError(errno.ENOENT, "another file has its place"), what)
+        return fd
+
+
+def share_by_sharer(fd: OwnedFd) -> SharerFd | ProcFd:
+    """Give `fd` to this process's resource sharer, and return what the receiver claims it with. Raises OSError."""
     token = next(_tokens)
 
     # These hold `fd` itself, not a duplicate: a thousand messages with one handle take one descriptor.
@@ -235,6 +268,10 @@ def share_by_sharer(fd: OwnedFd) -> SharerFd:
         _unclaimed.discard(token)
         if isinstance(error, OSError):
             raise failed("cannot start the resource sharer that hands out memory", error) from None
+        if isinstance(error, RuntimeError) and util.is_exiting():
+            # From Python 3.12 on no thread can be started when the main program has ended, but its queues'
+            # threads still pickle what it put last; and children, which read it, will be joined.
+            return ProcFd(fd)
         raise
     return SharerFd(address, key, os.getpid())
 

@@ -64,7 +64,9 @@ class SharedBuffer(Shareable):
 
         Raises ValueError if `size` is not positive; otherwise as `Memory` and `Memory.map`.
         """
-        self._set_up(Memory(size, name=name), None, 0, None)
+        size = operator.index(size)
+        self._put(Memory(size, name=name), 0, size, mmap.ACCESS_WRITE)
+        self._map()
 
     @classmethod
     def from_bytes(cls, data: Buffer, *, name: str = "mpmemory") -> Self:
@@ -79,11 +81,7 @@ class SharedBuffer(Shareable):
 
     def _set_up(self, memory: Memory, length: SupportsIndex | None, offset: SupportsIndex, access: int | None) -> None:
         size = memory.size
-        if size == 0:
-            raise ValueError(f"memory {memory.name!r} has 0 bytes: grow() it before mapping")
         offset, length = check_range(offset, length, size)
-        if length == 0:
-            raise ValueError(f"cannot map 0 bytes (at offset {offset} of {size} bytes)")
         readonly = memory.readonly
         if access is None:
             access = mmap.ACCESS_READ if readonly else mmap.ACCESS_WRITE
@@ -94,12 +92,11 @@ class SharedBuffer(Shareable):
             if seals:
                 raise SealedError(errno.EPERM, f"cannot map memory {memory.name!r} for writing: seal {seals!r}")
             raise PermissionError(errno.EACCES, f"cannot map memory {memory.name!r} for writing: it is read-only")
-        self._put(memory, offset, length, access)
+        self._put(memory._share(), offset, length, access)
         self._map()
 
     def _put(self, memory: Memory, offset: int, size: int, access: int) -> None:
-        # A handle of its own, which shares the descriptor: closing the caller's changes nothing here.
-        self._memory = memory._share()
+        self._memory = memory
         self._offset = offset
         self._size = size
         self._access = access
@@ -109,6 +106,8 @@ class SharedBuffer(Shareable):
         """Map the range. A buffer that was unpickled does it at its first use, where an error can be raised."""
         memory = self.memory
         fd = memory.fileno()
+        if self._size == 0:
+            raise ValueError(f"cannot map 0 bytes of memory {memory.name!r}, at offset {self._offset} of {memory.size}")
         before = self._offset % mmap.ALLOCATIONGRANULARITY
         try:
             mapping = platform.map_fd(fd, before + self._size, access=self._access, offset=self._offset - before)
@@ -285,7 +284,7 @@ class SharedBuffer(Shareable):
 
     def view(
         self, format: str = "B", shape: SupportsIndex | Iterable[SupportsIndex] | None = None, offset: SupportsIndex = 0
-    ) -> memoryview:
+    ) -> memoryview[Any]:
         """Return a memoryview of items in native `format` (one character of `struct`), without a copy.
 
         Args:

@@ -51,6 +51,10 @@ class Seal(enum.IntFlag):
     EXEC = 0x0020  #: it cannot be made executable
 
 
+# As an int: members of an IntFlag take more time than the system calls that they are compared with.
+_WRITE_SEALS = int(Seal.WRITE | Seal.FUTURE_WRITE)
+
+
 class Memory(Shareable):
     """A handle on anonymous shared memory: a file descriptor that multiprocessing can carry.
 
@@ -124,13 +128,13 @@ class Memory(Shareable):
         if stat.S_ISDIR(mode):
             raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), path)
         if not stat.S_ISREG(mode):
-            raise ValueError(f"expected a regular file, found {_describe_mode(mode)}: {path!r}")
+            raise ValueError(f"expected a regular file, found {_describe_mode(mode)}: {os.fsdecode(path)}")
         fd = _create(name)
         try:
             platform.copy(source.fileno(), fd.fileno())
             os.lseek(fd.fileno(), 0, os.SEEK_SET)  # for who reads it from the start, in another language
         except OSError as error:
-            raise failed(f"cannot copy {path!r} into memory", error) from None
+            raise failed(f"cannot copy {os.fsdecode(path)} into memory", error) from None
         return cls._own(fd, name)
 
     @classmethod
@@ -210,8 +214,8 @@ class Memory(Shareable):
     @property
     def readonly(self) -> bool:
         """Whether no writable mapping can be made: it was opened read-only, or sealed against writing."""
-        mode = _open_flags(self.fileno()) & os.O_ACCMODE
-        return mode == os.O_RDONLY or bool(self.seals & (Seal.WRITE | Seal.FUTURE_WRITE))
+        fd = self.fileno()
+        return _open_flags(fd) & os.O_ACCMODE == os.O_RDONLY or bool(platform.seals(fd) & _WRITE_SEALS)
 
     @property
     def name(self) -> str:

@@ -391,8 +391,8 @@ def test_from_fd_refuses_what_cannot_be_mapped_and_leaves_it(tmp_path: Path) -> 
         (-1, 0, "offset 0 and length -1"),
         (1, -1, "offset -1 and length 1"),
         (2**70, 0, "not within"),
-        (0, 0, "cannot map 0 bytes"),
-        (None, 100, "cannot map 0 bytes"),
+        (0, 0, "cannot map 0 bytes of memory 'mpmemory', at offset 0 of 100"),
+        (None, 100, "cannot map 0 bytes of memory 'mpmemory', at offset 100 of 100"),
     ],
 )
 def test_mapping_out_of_range(length: Any, offset: int, message: str) -> None:
@@ -406,7 +406,7 @@ def test_mapping_out_of_range(length: Any, offset: int, message: str) -> None:
 
 
 def test_mapping_oddities() -> None:
-    with pytest.raises(ValueError, match="0 bytes: grow"):
+    with pytest.raises(ValueError, match="cannot map 0 bytes"):
         Memory(0).map()
     memory = Memory(100)
     with pytest.raises(ValueError, match=r"ACCESS_COPY, found 17"):

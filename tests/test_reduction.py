@@ -19,7 +19,14 @@ import pytest
 from conftest import START_METHODS, open_fds
 
 from mpmemory import HandleLostError, Memory, SharedBuffer, _sharer, get_context
+from mpmemory._fds import OwnedFd
 from mpmemory.reduction import FORKSERVER_FDS, _launching
+
+
+def dumps(obj: object) -> bytes:
+    """Pickle as the stock Queue, Pipe and Pool do."""
+    return bytes(ForkingPickler.dumps(obj))
+
 
 # --- plain pickle and copy ---
 
@@ -39,9 +46,9 @@ def test_a_closed_handle_cannot_be_pickled() -> None:
     memory.close()
     buffer.close()
     with pytest.raises(ValueError, match="memory 'gone' is closed"):
-        ForkingPickler.dumps(memory)
+        dumps(memory)
     with pytest.raises(ValueError, match="buffer is closed"):
-        ForkingPickler.dumps(buffer)
+        dumps(buffer)
     with get_context("spawn").Pool(1) as pool, pytest.raises(ValueError, match="memory 'gone' is closed"):
         pool.apply(len, (memory,))
 
@@ -187,16 +194,16 @@ def test_a_launch_that_fails_leaves_nothing() -> None:
 
 def test_a_thousand_messages_with_one_handle_take_one_descriptor() -> None:
     memory = Memory(10)
-    messages = [ForkingPickler.dumps(memory)]
+    messages = [dumps(memory)]
     before = len(open_fds())
-    messages += [ForkingPickler.dumps(memory) for _ in range(1000)]
+    messages += [dumps(memory) for _ in range(1000)]
     assert len(open_fds()) == before
     assert len(_sharer._unclaimed) == 1001
 
 
 def test_a_handle_may_be_closed_after_it_was_pickled() -> None:
     memory = Memory.from_bytes(b"later")
-    message = ForkingPickler.dumps(memory)
+    message = dumps(memory)
     memory.close()
     arrived = pickle.loads(message)
     assert arrived.pread(5) == b"later"
@@ -211,7 +218,7 @@ def assert_lost(handle: Memory, message: str) -> None:
         lambda: handle.pread(1),
         lambda: handle.pwrite(b"x"),
         lambda: handle.dup(),
-        lambda: ForkingPickler.dumps(handle),
+        lambda: dumps(handle),
     ]
     for action in actions:
         with pytest.raises(HandleLostError, match=message) as error:
@@ -224,13 +231,13 @@ def assert_lost(handle: Memory, message: str) -> None:
 
 
 def test_a_message_read_twice_gives_a_lost_handle() -> None:
-    message = ForkingPickler.dumps(Memory(10))
+    message = dumps(Memory(10))
     assert pickle.loads(message).size == 10
     assert_lost(pickle.loads(message), f"pid {os.getpid()}.* was claimed before")
 
 
 def test_a_lost_buffer() -> None:
-    message = ForkingPickler.dumps(SharedBuffer(10))
+    message = dumps(SharedBuffer(10))
     pickle.loads(message)
     buffer = pickle.loads(message)
     assert not buffer.closed
@@ -245,7 +252,7 @@ def test_a_lost_buffer() -> None:
 
 def send_and_die(conn: Any, how: str) -> None:
     memory = Memory(10)
-    conn.send_bytes(bytes(ForkingPickler.dumps([memory, memory.map()])))
+    conn.send_bytes(dumps([memory, memory.map()]))
     conn.recv()
     if how == "kill":
         os.kill(os.getpid(), signal.SIGKILL)
@@ -270,7 +277,7 @@ def test_the_sender_was_killed_before_its_handle_was_claimed(method: str, how: s
 
 
 def fork_send_and_die(conn: Any, keep: Any) -> None:
-    conn.send_bytes(bytes(ForkingPickler.dumps(Memory(10))))
+    conn.send_bytes(dumps(Memory(10)))
     if os.fork() == 0:  # has the listening socket too, and never answers there
         with contextlib.suppress(EOFError):
             keep.recv()
@@ -296,7 +303,7 @@ def test_a_claim_does_not_wait_for_a_forked_childs_copy_of_the_socket() -> None:
 
 def test_a_sender_that_does_not_answer_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_sharer, "CLAIM_TIMEOUT", 0.2)
-    message = ForkingPickler.dumps(Memory(10))
+    message = dumps(Memory(10))
     stalled = connection.Client(_sharer._sharer._address)  # says nothing: the one behind it has to wait
     with stalled:
         assert_lost(pickle.loads(message), f"from pid {os.getpid()} could not be received.*did not answer in time")
@@ -304,7 +311,7 @@ def test_a_sender_that_does_not_answer_is_given_up(monkeypatch: pytest.MonkeyPat
 
 def test_a_claimant_that_stalls_is_sent_away(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_sharer, "CLAIMANT_TIMEOUT", 1)
-    message = ForkingPickler.dumps(Memory(10))
+    message = dumps(Memory(10))
     with connection.Client(_sharer._sharer._address):
         assert pickle.loads(message).size == 10
 
@@ -318,12 +325,12 @@ def claim_with_another_key(conn: Any) -> None:
 
 
 def test_a_claimant_needs_the_authkey(capfd: pytest.CaptureFixture[str]) -> None:
-    message = ForkingPickler.dumps(Memory(10))
+    message = dumps(Memory(10))
     ours, theirs = multiprocessing.Pipe()
     with ours, theirs:
         child = get_context("spawn").Process(target=claim_with_another_key, args=(theirs,))
         child.start()
-        ours.send_bytes(bytes(message))
+        ours.send_bytes(message)
         assert ours.recv() == "rejected"
         child.join()
     assert pickle.loads(message).size == 10  # still there for who knows the key
@@ -333,7 +340,7 @@ def test_a_claimant_needs_the_authkey(capfd: pytest.CaptureFixture[str]) -> None
 def test_another_user_is_not_answered() -> None:
     if os.geteuid() != 0:
         pytest.skip("needs to become another user")
-    ForkingPickler.dumps(Memory(10))
+    dumps(Memory(10))
     address = _sharer._sharer._address
     reader, writer = os.pipe()
     if (pid := os.fork()) == 0:
@@ -356,7 +363,7 @@ def test_out_of_descriptors_at_the_receiver(run_python: Any) -> None:
         "import multiprocessing.connection, os, pickle, resource, errno\n"
         "from multiprocessing.reduction import ForkingPickler\n"
         "import mpmemory\n"
-        "message = ForkingPickler.dumps(mpmemory.Memory(10))\n"
+        "message = bytes(ForkingPickler.dumps(mpmemory.Memory(10)))\n"
         "ours, theirs = mpmemory.Pipe()\n"
         "def child(conn):\n"
         "    resource.setrlimit(resource.RLIMIT_NOFILE, (32, 32))\n"
@@ -380,7 +387,7 @@ def test_it_works_with_a_default_timeout_for_sockets(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(socket, "_timeout", None, raising=False)
     socket.setdefaulttimeout(5)
     try:
-        assert pickle.loads(ForkingPickler.dumps(Memory(10))).size == 10
+        assert pickle.loads(dumps(Memory(10))).size == 10
     finally:
         socket.setdefaulttimeout(None)
 
@@ -442,9 +449,62 @@ def test_handles_put_by_a_program_that_ends_reach_its_children(method: str, run_
     assert done.stderr == ""
 
 
+LATE = """
+import sys, time
+from multiprocessing import util
+import mpmemory as mp
+
+class Late:
+    # Pickled by the queue's thread, when the main program has ended: no thread can be started any more.
+    def __init__(self, *handles):
+        self.handles = handles
+
+    def __reduce__(self):
+        while not util.is_exiting():
+            time.sleep(0.001)
+        return Late, self.handles
+
+def consume(queue, ready):
+    ready.set()
+    memory, buffer = queue.get().handles
+    print(memory.pread(4).decode(), buffer.get_string())
+
+if __name__ == "__main__":
+    ctx = mp.get_context(sys.argv[1])
+    queue, ready = ctx.Queue(), ctx.Event()
+    ctx.Process(target=consume, args=(queue, ready)).start()
+    ready.wait()
+    queue.put(Late(mp.Memory.from_bytes(b"late"), mp.SharedBuffer.from_bytes(b"but in time")))
+"""
+
+
+@pytest.mark.parametrize("method", START_METHODS)
+def test_handles_pickled_after_the_end_of_the_program(method: str, run_python: Any) -> None:
+    done = run_python(LATE, method)
+    assert (done.stdout, done.stderr) == ("late but in time\n", "")
+
+
+def test_a_descriptor_that_is_opened_in_proc() -> None:
+    memory = Memory.from_bytes(b"in proc")
+    fd = memory._open()
+    assert isinstance(fd, OwnedFd)
+    try:
+        shared = pickle.loads(pickle.dumps(_sharer.ProcFd(fd)))
+        arrived = Memory._own(shared.claim(), "arrived")
+        assert arrived.pwrite(b"IN") == 2
+        assert memory.pread(7) == b"IN proc"
+        assert not os.get_inheritable(arrived.fileno())
+        shared._identity = (0, 0)
+        assert_lost(Memory._own(shared.claim(), "x"), "another file has its place")
+        shared._path = "/proc/1/fd/1000000"
+        assert_lost(Memory._own(shared.claim(), "x"), "the sender of /proc/1/fd/1000000 is gone")
+    finally:
+        _sharer.ProcFd._kept.clear()
+
+
 def leave_unclaimed(conn: Any) -> None:
     _sharer.EXIT_TIMEOUT = 0.3
-    conn.send_bytes(bytes(ForkingPickler.dumps(Memory(10))))
+    conn.send_bytes(dumps(Memory(10)))
 
 
 def test_the_wait_at_exit_is_bounded() -> None:
@@ -482,7 +542,7 @@ def test_the_wait_at_exit_ends_with_the_parent(run_python: Any) -> None:
 
 
 def test_forked_children_do_not_wait_for_their_parents_handles() -> None:
-    message = ForkingPickler.dumps(Memory(10))
+    message = dumps(Memory(10))
     child = get_context("fork").Process(target=check_nothing_inherited)
     child.start()
     child.join()
@@ -493,12 +553,12 @@ def test_forked_children_do_not_wait_for_their_parents_handles() -> None:
 def check_nothing_inherited() -> None:
     assert _sharer._unclaimed == set()
     assert _sharer._sharer._address is None
-    assert pickle.loads(ForkingPickler.dumps(Memory(10))).size == 10
+    assert pickle.loads(dumps(Memory(10))).size == 10
 
 
 def test_the_stock_resource_sharer_is_left_alone() -> None:
     before = resource_sharer._resource_sharer._address
-    pickle.loads(ForkingPickler.dumps(Memory(10)))
+    pickle.loads(dumps(Memory(10)))
     assert resource_sharer._resource_sharer._address is before
     assert reduction.DupFd.__module__ == "multiprocessing.reduction"
 

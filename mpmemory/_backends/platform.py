@@ -134,34 +134,34 @@ class ProcessWatch:
                 if error.errno not in {errno.ENOSYS, errno.EPERM}:
                     raise
 
-    def check(self, deadline: float) -> float:
-        """Return the seconds left until `time.monotonic()` reaches `deadline`.
+    def wait_readable(self, fd: int, deadline: float) -> None:
+        """Wait until `fd` is readable (or at its end).
 
-        Raises ProcessLookupError if the process is gone, TimeoutError if no time is left.
+        Raises ProcessLookupError if the process is gone before, TimeoutError if `time.monotonic()`
+        reaches `deadline` before.
         """
+        while not self.wait([fd], deadline):
+            pass
+
+    def wait(self, fds: list[int], deadline: float) -> bool:
+        """Wait until one of `fds` is readable, and return whether it is: without pidfds only for a moment.
+
+        With no `fds`, just look after the process. Raises as `wait_readable`.
+        """
+        left = max(deadline - time.monotonic(), 0) if fds else 0
         if self._pidfd >= 0:
-            gone = bool(_poll([self._pidfd], 0))
+            ready = _poll([*fds, self._pidfd], left)
+            gone = self._pidfd in ready
         else:
-            try:
-                os.kill(self._pid, 0)
-                gone = False
-            except OSError as error:
-                gone = error.errno == errno.ESRCH
+            ready = _poll(fds, min(left, _WATCH_INTERVAL))
+            gone = not _exists(self._pid)
+        if ready.intersection(fds):
+            return True
         if gone:
             raise ProcessLookupError(errno.ESRCH, f"process {self._pid} is gone")
-        left = deadline - time.monotonic()
-        if left <= 0:
+        if time.monotonic() >= deadline:
             raise TimeoutError(errno.ETIMEDOUT, f"process {self._pid} did not answer in time")
-        return left
-
-    def wait_readable(self, fd: int, deadline: float) -> None:
-        """Wait until `fd` is readable (or at its end). Raises as `check`, if `fd` is not readable by then."""
-        while not _poll([fd], 0):
-            left = self.check(deadline)
-            if self._pidfd >= 0:
-                _poll([fd, self._pidfd], left)
-            else:
-                _poll([fd], min(left, _WATCH_INTERVAL))
+        return False
 
     def close(self) -> None:
         pidfd, self._pidfd = self._pidfd, -1
@@ -177,9 +177,17 @@ class ProcessWatch:
         self.close()
 
 
-def _poll(fds: list[int], timeout: float) -> bool:
-    """Return whether one of `fds` is readable, at its end or broken, within `timeout` seconds."""
+def _exists(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except OSError as error:
+        return error.errno != errno.ESRCH
+    return True
+
+
+def _poll(fds: list[int], timeout: float) -> set[int]:
+    """Return which of `fds` are readable, at their end or broken, within `timeout` seconds."""
     poll = select.poll()
     for fd in fds:
         poll.register(fd, select.POLLIN)
-    return bool(poll.poll(timeout * 1000))
+    return {fd for fd, _ in poll.poll(timeout * 1000)}

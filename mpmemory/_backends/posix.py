@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import os
-import secrets
 
 name = "posix"
 
@@ -29,7 +28,7 @@ def create(label: str) -> int:
     import _posixshmem  # type: ignore[import-not-found]
 
     # Short, since macOS allows 31 bytes in all; random, and exclusive, since the name space is everybody's.
-    path = f"/mpmemory-{secrets.token_hex(8)}"
+    path = f"/mpmemory-{os.urandom(8).hex()}"
     fd: int = _posixshmem.shm_open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR, mode=0o600)
     try:
         _posixshmem.shm_unlink(path)
