@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import functools
 import mmap
 import operator
 import struct
@@ -104,7 +105,7 @@ class SharedBuffer(Shareable):
 
     def _map(self) -> memoryview:
         """Map the range. A buffer that was unpickled does it at its first use, where an error can be raised."""
-        memory = self.memory
+        memory = self._held()
         fd = memory.fileno()
         if self._size == 0:
             raise ValueError(f"cannot map 0 bytes of memory {memory.name!r}, at offset {self._offset} of {memory.size}")
@@ -122,17 +123,21 @@ class SharedBuffer(Shareable):
 
     # --- what it is ---
 
-    @property
-    def memory(self) -> Memory:
-        """A handle on the memory under this buffer, closed with it."""
+    def _held(self) -> Memory:
         if self._memory is None:
             raise ValueError("buffer is closed")
         return self._memory
 
     @property
+    def memory(self) -> Memory:
+        """A handle on the memory under this buffer, closed with it."""
+        return self._held()
+
+    @property
     def size(self) -> int:
         """The length of the mapped range in bytes; it stays so when the memory grows."""
-        return self._size if self._memory is not None else self.memory.size
+        self._held()
+        return self._size
 
     @property
     def offset(self) -> int:
@@ -364,7 +369,7 @@ class SharedBuffer(Shareable):
             memory.close()
 
     def __enter__(self) -> Self:
-        self.memory  # noqa: B018  # raises if closed
+        self._held()
         return self
 
     def __exit__(
@@ -373,7 +378,7 @@ class SharedBuffer(Shareable):
         self.close()
 
     def _reduce(self) -> tuple[Callable[..., Self], tuple[Any, ...]]:
-        memory = self.memory
+        memory = self._held()
         if self._access == mmap.ACCESS_COPY:
             raise TypeError("a buffer mapped with ACCESS_COPY is private to this process and cannot be sent")
         return _rebuild_buffer, (type(self), memory, self._offset, self._size, self._access)
@@ -385,6 +390,7 @@ def _rebuild_buffer(cls: type[SharedBuffer], memory: Memory, offset: int, size: 
     return self
 
 
+@functools.lru_cache(maxsize=128)
 def _struct(fmt: str) -> struct.Struct:
     try:
         return struct.Struct(fmt)

@@ -410,6 +410,23 @@ def test_results_outlive_their_worker(method: str) -> None:
         assert memory.pread(memory.size) == buffer.get_bytes() == str(index).encode()
 
 
+def test_a_fork_server_may_have_imported_mpmemory_before(run_python: Any) -> None:
+    """Its children must wait for claims all the same: multiprocessing clears the finalizers they inherit."""
+    done = run_python(
+        "import sys, mpmemory as mp\n"
+        "def make(index):\n"
+        "    return mp.Memory.from_bytes(b'%05d' % index)\n"
+        "if __name__ == '__main__':\n"
+        "    ctx = mp.get_context('forkserver')\n"
+        "    ctx.set_forkserver_preload(['mpmemory'])\n"
+        "    with ctx.Pool(2, maxtasksperchild=1) as pool:\n"
+        "        made = pool.map(make, range(20), chunksize=1)\n"
+        "        pool.close(); pool.join()\n"
+        "    print(*(memory.pread(5).decode() for memory in made))\n"
+    )
+    assert done.stdout.split() == [f"{index:05}" for index in range(20)]
+
+
 def put_and_leave(queue: Any, ready: Any) -> None:
     queue.put(Memory.from_bytes(b"last words"))
     ready.set()
