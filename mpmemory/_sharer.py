@@ -27,7 +27,7 @@ from multiprocessing.resource_sharer import _ResourceSharer  # type: ignore[attr
 from typing import ClassVar
 
 from ._backends import platform
-from ._fds import LostFd, OwnedFd, borrow_socket, recv_fd
+from ._fds import LostFd, OwnedFd, borrow_socket, recv_fd, send_fds
 from .errors import failed
 
 #: A claim gives up after so many seconds, if the sender lives but does not answer.
@@ -109,6 +109,8 @@ class _Sharer(_ResourceSharer):  # type: ignore[misc]
     """The resource sharer of multiprocessing, on our listener, and with a thread that no claimant can stop."""
 
     def _start(self) -> None:
+        import hmac  # noqa: F401  # now: multiprocessing imports it at a claim, when no descriptor may be left
+
         self._listener = listener = _Listener()
         thread = threading.Thread(target=self._serve, name="mpmemory-sharer", daemon=True)
         try:
@@ -259,7 +261,11 @@ def share_by_sharer(fd: OwnedFd) -> SharerFd | ProcFd:
 
     # These hold `fd` itself, not a duplicate: a thousand messages with one handle take one descriptor.
     def send(conn: connection.Connection, pid: int) -> None:
-        reduction.send_handle(conn, fd.fileno(), pid)
+        # Not reduction.send_handle: that needs one more descriptor, and there may be none left.
+        with borrow_socket(conn.fileno()) as sock:
+            send_fds(sock, b"\x01", [fd.fileno()])
+            if reduction.ACKNOWLEDGE and sock.recv(1) != b"A":
+                raise RuntimeError("the claimant did not acknowledge the descriptor")
 
     _unclaimed.add(token)
     try:

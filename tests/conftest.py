@@ -11,12 +11,14 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from multiprocessing import forkserver, resource_tracker
+from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 import mpmemory
-from mpmemory import _backends, _sharer
+from mpmemory import HandleLostError, Memory, _backends, _sharer
 
 START_METHODS = ["fork", "forkserver", "spawn"]
 BACKENDS = [name for name, backend in _backends.BACKENDS.items() if backend.available()]
@@ -37,6 +39,31 @@ def mappings() -> list[str]:
     """Return this process's mappings of shared memory, whatever their names."""
     lines = Path("/proc/self/maps").read_text().splitlines()
     return sorted(line for line in lines if re.search(r"/memfd:|/dev/shm/|\(deleted\)", line))
+
+
+def dumps(obj: object) -> bytes:
+    """Pickle as the stock Queue, Pipe and Pool do."""
+    return bytes(ForkingPickler.dumps(obj))
+
+
+def assert_lost(handle: Memory, message: str) -> None:
+    actions: list[Any] = [
+        lambda: handle.size,
+        lambda: handle.fileno(),
+        lambda: handle.map(),
+        lambda: handle.pread(1),
+        lambda: handle.pwrite(b"x"),
+        lambda: handle.dup(),
+        lambda: dumps(handle),
+    ]
+    for action in actions:
+        with pytest.raises(HandleLostError, match=message) as error:
+            action()
+        assert error.value.errno
+    assert "lost" in repr(handle)
+    assert not handle.closed
+    handle.close()
+    assert handle.closed
 
 
 @pytest.fixture(autouse=True)

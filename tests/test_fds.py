@@ -11,6 +11,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from multiprocessing import reduction
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ import pytest
 from conftest import open_fds
 
 from mpmemory import Memory
+from mpmemory._backends import platform
 from mpmemory._fds import MAX_FDS, close_all, recv_fds, send_fds
 
 KINDS = [socket.SOCK_STREAM, socket.SOCK_DGRAM, socket.SOCK_SEQPACKET]
@@ -184,6 +186,81 @@ def test_concurrent_senders_and_receivers() -> None:
         for thread in threads:
             thread.join()
     assert sorted(arrived) == [(index << 8) + step for index in range(4) for step in range(50)]
+
+
+def test_a_default_timeout_for_sockets_leaves_connections_blocking() -> None:
+    left, right = multiprocessing.Pipe()
+    socket.setdefaulttimeout(5)
+    try:
+        with left, right:
+            Memory(1).send(left)
+            assert Memory.receive(right).size == 1
+            assert os.get_blocking(left.fileno())
+            assert os.get_blocking(right.fileno())
+    finally:
+        socket.setdefaulttimeout(None)
+
+
+# --- test_memory.py ---
+
+
+def test_what_a_process_sent_before_its_end_is_seen() -> None:
+    """Its message first, and then its end."""
+    reader, writer = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        os.write(writer, b"x")
+        os._exit(0)
+    os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
+    with platform.ProcessWatch(pid) as watch:
+        watch.wait_readable(reader, time.monotonic() + 60)
+        os.read(reader, 1)
+        with pytest.raises(ProcessLookupError, match=f"process {pid} is gone"):
+            watch.wait_readable(reader, time.monotonic() + 60)
+    os.waitpid(pid, 0)
+    with pytest.raises(ProcessLookupError):
+        platform.ProcessWatch(pid)
+    os.close(reader)
+    os.close(writer)
+
+
+def test_watching_a_process_without_pidfds(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on systems other than Linux."""
+    monkeypatch.delattr(os, "pidfd_open")
+    reader, writer = os.pipe()
+    watch = platform.ProcessWatch(os.getpid())
+    assert not watch.wait([reader], time.monotonic() + 60)
+    with pytest.raises(TimeoutError):
+        watch.wait_readable(reader, time.monotonic())
+    thread = threading.Thread(target=os.write, args=(writer, b"x"))
+    thread.start()
+    watch.wait_readable(reader, time.monotonic() + 60)
+    thread.join()
+    os.read(reader, 1)
+    if (pid := os.fork()) == 0:
+        os._exit(0)
+    with platform.ProcessWatch(pid) as watch:
+        os.waitpid(pid, 0)
+        with pytest.raises(ProcessLookupError, match=f"process {pid} is gone"):
+            watch.wait_readable(reader, time.monotonic() + 60)
+    os.close(reader)
+    os.close(writer)
+
+
+# --- test_fds.py ---
+
+
+def test_the_peer_of_a_connection_is_gone() -> None:
+    left, right = multiprocessing.Pipe()
+    with left:
+        right.close()
+        with pytest.raises(BrokenPipeError):
+            Memory(1).send(left)
+        with pytest.raises(EOFError):
+            Memory.receive(left)
+
+
+# --- one line more in existing tests: test_bad_formats_and_values_write_nothing, test_what_errors_are ---
 
 
 # --- other programs ---

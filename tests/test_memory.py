@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import gc
 import mmap
 import os
+import platform as system
 import socket
+import stat
 import subprocess
 import sys
 from pathlib import Path
@@ -18,6 +21,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from mpmemory import Memory, Seal, SealedError, _backends
+from mpmemory import memory as memory_module
 from mpmemory._backends import platform
 from mpmemory._fds import OwnedFd
 
@@ -65,7 +69,6 @@ def test_descriptors_are_close_on_exec(backend: str) -> None:
 def test_no_name_is_left(backend: str) -> None:
     memory = Memory(4096)
     assert os.fstat(memory.fileno()).st_nlink == 0
-    assert [name for name in os.listdir("/dev/shm") if name.startswith("mpmemory")] == []
 
 
 def test_memory_cannot_be_shrunk(backend: str) -> None:
@@ -161,6 +164,7 @@ def test_pread_and_pwrite(backend: str) -> None:
 def test_a_mapping_outlives_its_handle(backend: str) -> None:
     memory = Memory(100)
     buffer = memory.map()
+    assert buffer.memory.fileno() == memory.fileno()  # one descriptor for both
     memory.close()
     memory.close()
     buffer[0] = 5
@@ -225,18 +229,88 @@ def test_readonly_memory(tmp_path: Path) -> None:
     assert memory.pread(2) == b"01"
 
 
-def test_sealed_memory_cannot_be_mapped_for_writing(backend: str) -> None:
+@pytest.mark.parametrize("seal", [Seal.WRITE, Seal.FUTURE_WRITE])
+def test_sealed_memory_cannot_be_mapped_for_writing(seal: Seal, backend: str) -> None:
     if backend != "memfd":
         pytest.skip("only memfd has seals")
-    import fcntl
-
     memory = Memory(100)
-    fcntl.fcntl(memory.fileno(), platform.F_ADD_SEALS, Seal.FUTURE_WRITE)
+    fcntl.fcntl(memory.fileno(), platform.F_ADD_SEALS, seal)
     assert memory.readonly
-    assert Seal.FUTURE_WRITE in memory.seals
+    assert seal in memory.seals
     assert memory.map().readonly
-    with pytest.raises(SealedError, match="FUTURE_WRITE"):
+    with pytest.raises(SealedError, match=f"Seal.{seal.name}"):
         memory.map(access=mmap.ACCESS_WRITE)
+
+
+def test_memory_that_is_sealed_against_growing(backend: str) -> None:
+    if backend != "memfd":
+        pytest.skip("only memfd has seals")
+    memory = Memory(10)
+    fcntl.fcntl(memory.fileno(), platform.F_ADD_SEALS, Seal.GROW)
+    with pytest.raises(PermissionError, match="cannot have memory of 20 bytes"):
+        memory.grow(20)
+    assert memory.size == 10
+
+
+def test_nothing_is_left_of_finding_out_what_the_system_has(backend: str, run_python: Any) -> None:
+    run_python(
+        "import os, mpmemory\n"
+        "fds = lambda: os.listdir('/proc/self/fd')\n"
+        "before = fds()\n"
+        "mpmemory.Memory(1).close()\n"
+        "assert fds() == before, (fds(), before)\n"
+    )
+
+
+def test_nobody_else_may_open_it(backend: str) -> None:
+    if backend == "memfd":
+        pytest.skip("it is in no folder, at any time")
+    memory = Memory(1)
+    assert stat.S_IMODE(os.fstat(memory.fileno()).st_mode) == 0o600
+
+
+def test_memory_cannot_be_executed(backend: str) -> None:
+    release = tuple(int(part) for part in system.release().split(".")[:2])
+    memory = Memory(1)
+    if backend != "memfd" or release < (6, 3):
+        pytest.skip("only memfd has seals, and this one from Linux 6.3 on")
+    assert Seal.EXEC in memory.seals
+    with pytest.raises(PermissionError):
+        os.fchmod(memory.fileno(), 0o700)
+
+
+def test_transfers_in_several_parts(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The system transfers 2 GB at a time."""
+    monkeypatch.setattr(memory_module, "_MAX_TRANSFER", 1000)
+    data = os.urandom(4321)
+    memory = Memory.from_bytes(data)
+    assert memory.pread(4000, 300) == data[300:4300]
+    assert memory.pwrite(data[:3210], 1111) == 3210
+    assert memory.pread(4321) == data[:1111] + data[:3210]
+
+
+def test_a_file_that_is_shorter_than_the_system_says() -> None:
+    memory = Memory.from_fd(os.open("/sys/devices/system/cpu/online", os.O_RDONLY))
+    with pytest.raises(OSError, match=r"memory 'online' ended at \d+ while it was read") as error:
+        memory.pread(memory.size)
+    assert error.value.errno == errno.EIO
+
+
+def test_identity_is_device_and_inode(backend: str) -> None:
+    memory = Memory(1)
+    status = os.fstat(memory.fileno())
+    assert memory.identity == (status.st_dev, status.st_ino)
+
+
+def test_a_backend_that_this_system_lacks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_backends.posix, "available", lambda: False)
+    monkeypatch.setenv("MPMEMORY_BACKEND", "posix")
+    _backends.chosen.cache_clear()
+    try:
+        with pytest.raises(ValueError, match="MPMEMORY_BACKEND='posix' is not available on this system"):
+            Memory(1)
+    finally:
+        _backends.chosen.cache_clear()
 
 
 # --- bad input: the error says what was asked and what was found, and no descriptor is lost ---
@@ -332,8 +406,9 @@ def test_from_file_refuses_what_is_no_file(tmp_path: Path) -> None:
     def action() -> None:
         with pytest.raises(FileNotFoundError, match="missing"):
             Memory.from_file(tmp_path / "missing")
-        with pytest.raises(IsADirectoryError):
+        with pytest.raises(IsADirectoryError) as error:
             Memory.from_file(tmp_path)
+        assert (error.value.errno, error.value.filename) == (errno.EISDIR, tmp_path)
         with pytest.raises(ValueError, match="expected a regular file, found a pipe"):
             Memory.from_file(tmp_path / "fifo")
         with pytest.raises(ValueError, match="expected a regular file, found a character device"):

@@ -98,6 +98,7 @@ def test_what_errors_are() -> None:
     assert issubclass(WorkerLostError, multiprocessing.ProcessError)
     assert HandleLostError(5, "text").errno == 5
     assert str(WorkerLostError(123, -9)) == "worker 123 was killed by SIGKILL while it ran a task"
+    assert describe_exit(0) == "exited with status 0"
     assert describe_exit(3) == "exited with status 3"
     assert describe_exit(-250) == "was killed by signal 250"
 
