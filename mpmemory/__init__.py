@@ -1,8 +1,15 @@
 """Shared memory for Python's multiprocessing that pickles as a file descriptor.
 
-Serves as a drop-in for `import multiprocessing as mp`: all of its names are here, those of the default
-context, next to `Memory` and `SharedBuffer`.
+Serves as a drop-in for `import multiprocessing as mp`: all names of its `__all__` are here, next
+to `Memory` and `SharedBuffer`.
 """
+
+from multiprocessing import AuthenticationError as AuthenticationError
+from multiprocessing import BufferTooShort as BufferTooShort
+from multiprocessing import Process as Process
+from multiprocessing import ProcessError as ProcessError
+from multiprocessing import TimeoutError as TimeoutError
+from types import ModuleType as _ModuleType
 
 from . import _backends as _backends  # first: it refuses systems that cannot do it
 from .buffer import CACHE_LINE_SIZE as CACHE_LINE_SIZE
@@ -20,12 +27,10 @@ from .memory import Seal as Seal
 
 __version__ = "0.1.0"
 
-# multiprocessing's own, by name, so that editors and type checkers see them.
+# The functions of multiprocessing, on our default context: by name, so that editors and type checkers see them.
 Array = _default.Array
-AuthenticationError = _default.AuthenticationError
 Barrier = _default.Barrier
 BoundedSemaphore = _default.BoundedSemaphore
-BufferTooShort = _default.BufferTooShort
 Condition = _default.Condition
 Event = _default.Event
 JoinableQueue = _default.JoinableQueue
@@ -33,15 +38,12 @@ Lock = _default.Lock
 Manager = _default.Manager
 Pipe = _default.Pipe
 Pool = _default.Pool
-Process = _default.Process
-ProcessError = _default.ProcessError
 Queue = _default.Queue
 RLock = _default.RLock
 RawArray = _default.RawArray
 RawValue = _default.RawValue
 Semaphore = _default.Semaphore
 SimpleQueue = _default.SimpleQueue
-TimeoutError = _default.TimeoutError
 Value = _default.Value
 active_children = _default.active_children
 allow_connection_pickling = _default.allow_connection_pickling
@@ -58,4 +60,8 @@ set_executable = _default.set_executable
 set_forkserver_preload = _default.set_forkserver_preload
 set_start_method = _default.set_start_method
 
-__all__ = [name for name in globals() if not name.startswith("_")]
+__all__ = [
+    name
+    for name, value in globals().items()
+    if not name.startswith("_") and (value is reducer or not isinstance(value, _ModuleType))
+]

@@ -47,7 +47,8 @@ class OwnedFd:
 
     # Bound early: at interpreter exit the module's globals may be gone.
     def __del__(self, _close: Callable[[int], None] = os.close) -> None:
-        _close(self._number)
+        if (number := getattr(self, "_number", -1)) >= 0:  # a signal may come before it is set
+            _close(number)
 
 
 class LostFd:
@@ -64,6 +65,9 @@ class LostFd:
         """Return one for which `error` is the reason; `what` says what it means."""
         if isinstance(error, OSError):
             number, detail = error.errno or errno.ESTALE, error.strerror or str(error)
+            if number == errno.EPIPE:
+                # The thread of an executor's queue ends silently if pickling a lost handle raises just this.
+                number = errno.ESTALE
         else:
             number, detail = errno.ESTALE, str(error) or type(error).__name__
         return cls(HandleLostError(number, f"{what}: {detail}"))
@@ -134,9 +138,10 @@ def recv_fd(sock: socket.socket) -> OwnedFd:
 @contextlib.contextmanager
 def borrow_socket(fd: int) -> Iterator[socket.socket]:
     """Give a socket object for `fd`, which stays its owner's. Raises OSError(ENOTSOCK) if it is none."""
+    blocking = os.get_blocking(fd)
     sock = socket.socket(fileno=fd)
     try:
-        sock.setblocking(True)  # socket.setdefaulttimeout() may have made it non-blocking just now
+        sock.setblocking(blocking)  # socket.setdefaulttimeout() may have made it non-blocking just now
         yield sock
     finally:
         sock.detach()

@@ -39,6 +39,9 @@ CLAIMANT_TIMEOUT = 5
 #: A process that exits waits so many seconds, at most, until what it sent has been claimed.
 EXIT_TIMEOUT = 10.0
 
+# How often an exiting process looks whether its parent still lives, in seconds.
+_PARENT_INTERVAL = 0.1
+
 # When a process exits, multiprocessing first runs the finalizers from 0 on, next joins the children,
 # then runs the rest: at -5 queues join the threads that pickle what was put, at -100 its folder goes.
 _AWAIT_PRIORITY = -50
@@ -49,8 +52,8 @@ _UNLINK_PRIORITY = -60
 _unclaimed: set[int] = set()
 _tokens = itertools.count()
 
-# Where the sharer's thread tells a process that is exiting of each claim.
-_claim_notice = -1
+# Set by the sharer's thread at each claim, for a process that is exiting. Not a pipe: no descriptor may be left.
+_claim_notice: threading.Event | None = None
 
 
 class _Listener:
@@ -166,7 +169,8 @@ class SharerFd:
         except (ConnectionError, EOFError, FileNotFoundError, ProcessLookupError) as error:
             return LostFd.because(
                 error,
-                f"the sender (pid {self._sender}) is gone, or the handle was claimed before. A process that is killed, "
+                f"the sender (pid {self._sender}) is gone, is of another user, or the handle was claimed before. "
+                "A process that is killed, "
                 f"or waits in vain for {EXIT_TIMEOUT:.0f} s when it exits, takes along what nobody has received: "
                 "receive handles before you join their sender",
             )
@@ -256,7 +260,10 @@ class ProcFd:
 
 
 def share_by_sharer(fd: OwnedFd) -> SharerFd | ProcFd:
-    """Give `fd` to this process's resource sharer, and return what the receiver claims it with. Raises OSError."""
+    """Give `fd` to this process's resource sharer, and return what the receiver claims it with.
+
+    Raises OSError, or RuntimeError if no thread can be started.
+    """
     token = next(_tokens)
 
     # These hold `fd` itself, not a duplicate: a thousand messages with one handle take one descriptor.
@@ -285,8 +292,8 @@ def share_by_sharer(fd: OwnedFd) -> SharerFd | ProcFd:
 def _claimed(token: int) -> None:
     """Note that a handle was claimed, or is no longer ours to give: called by the sharer when it closes it."""
     _unclaimed.discard(token)
-    if _claim_notice >= 0:
-        os.write(_claim_notice, b"\0")
+    if _claim_notice is not None:
+        _claim_notice.set()
 
 
 def _await_claims() -> None:
@@ -296,18 +303,29 @@ def _await_claims() -> None:
     so that hardly anybody is left who could claim.
     """
     parent = process.parent_process()
-    if parent is not None and parent.pid is not None and _unclaimed:
-        _await(parent.pid)
+    if parent is None or parent.pid is None:
+        return
+    # Before Python 3.13 multiprocessing joins the other threads only after this, and they may still send.
+    # It will join this one, too.
+    others = [each for each in threading.enumerate() if not each.daemon and each is not threading.current_thread()]
+    if others:
+        threading.Thread(target=_await, args=(parent.pid, others)).start()
+    elif _unclaimed:
+        _await(parent.pid, [])
 
 
-def _await(parent: int) -> None:
+def _await(parent: int, threads: list[threading.Thread]) -> None:
     global _claim_notice
+    for thread in threads:
+        thread.join()
     deadline = time.monotonic() + EXIT_TIMEOUT
-    reader, _claim_notice = os.pipe()  # left to the end of the process: the sharer's thread may be using it
+    _claim_notice = notice = threading.Event()
     with contextlib.suppress(ProcessLookupError, TimeoutError), platform.ProcessWatch(parent) as watch:
         while _unclaimed:
-            watch.wait_readable(reader, deadline)
-            os.read(reader, 4096)
+            notice.clear()
+            watch.wait([], deadline)
+            if _unclaimed:
+                notice.wait(_PARENT_INTERVAL)
 
 
 def _register_exit(_: object = None) -> None:
@@ -315,6 +333,18 @@ def _register_exit(_: object = None) -> None:
 
 
 # Early, since a finalizer that is registered while finalizers run is forgotten; and again in each
-# forked child, which starts with none.
+# child that multiprocessing forks, which starts with none.
 _register_exit()
 util.register_after_fork(_register_exit, _register_exit)
+
+
+def _after_fork_in_child() -> None:
+    """Start anew, whoever forked: what was given away is the parent's to give, and its locks may be held for ever."""
+    global _claim_notice
+    _claim_notice = None
+    _sharer._afterfork()
+    _unclaimed.clear()  # also what was being given away, or claimed, just then
+    ProcFd._kept.clear()
+
+
+os.register_at_fork(after_in_child=_after_fork_in_child)

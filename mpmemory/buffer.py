@@ -7,7 +7,7 @@ import functools
 import mmap
 import operator
 import struct
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, SupportsIndex, overload
 
@@ -106,20 +106,25 @@ class SharedBuffer(Shareable):
     def _map(self) -> memoryview:
         """Map the range. A buffer that was unpickled does it at its first use, where an error can be raised."""
         memory = self._held()
-        fd = memory.fileno()
+        fd = memory._open()  # held until it is mapped: another thread may close the buffer
+        number = fd.fileno()
         if self._size == 0:
             raise ValueError(f"cannot map 0 bytes of memory {memory.name!r}, at offset {self._offset} of {memory.size}")
         before = self._offset % mmap.ALLOCATIONGRANULARITY
         try:
-            mapping = platform.map_fd(fd, before + self._size, access=self._access, offset=self._offset - before)
+            mapping = platform.map_fd(number, before + self._size, access=self._access, offset=self._offset - before)
         except OSError as error:
             raise failed(f"cannot map {self._size} bytes of memory {memory.name!r}", error) from None
         # The view holds the mapping, which is never closed, only dropped: so it goes with its last view.
         self._view = view = memoryview(mapping)[before:]
+        if self._memory is None:  # closed by another thread meanwhile
+            self._view = None
+            self._held()
         return view
 
     def _open(self) -> memoryview:
-        return self._map() if self._view is None else self._view
+        view = self._view
+        return self._map() if view is None else view
 
     # --- what it is ---
 
@@ -142,11 +147,13 @@ class SharedBuffer(Shareable):
     @property
     def offset(self) -> int:
         """Where the range starts in the memory, in bytes."""
+        self._held()
         return self._offset
 
     @property
     def readonly(self) -> bool:
         """Whether this mapping can only be read."""
+        self._held()
         return self._access == mmap.ACCESS_READ
 
     @property
@@ -171,6 +178,9 @@ class SharedBuffer(Shareable):
     def __buffer__(self, flags: int) -> memoryview:
         # PEP 688, Python 3.12. A writable view of a readonly buffer is refused by the view itself.
         return self._open()
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self._open())
 
     def __bytes__(self) -> bytes:
         return bytes(self._open())
@@ -344,6 +354,9 @@ class SharedBuffer(Shareable):
         if order not in ("C", "F"):
             raise ValueError(f"order must be 'C' or 'F', found {order!r}")
         dimensions = _dimensions(shape)
+        if kind.subdtype is not None:  # each item is an array itself: more dimensions
+            kind, inner = kind.subdtype
+            dimensions += inner
         if min(dimensions, default=0) < 0:
             raise ValueError(f"shape must not have negative numbers, found {shape!r}")
         count = kind.itemsize

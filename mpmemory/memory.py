@@ -181,8 +181,8 @@ class Memory(Shareable):
         Once this returns the handle may be closed. Raises ValueError if `sock` is no Unix socket, OSError
         as sendmsg(2).
         """
-        number = self.fileno()
-        _over_socket(sock, lambda unix: send_fds(unix, b"\x01", [number]))
+        fd = self._open()
+        _over_socket(sock, lambda unix: send_fds(unix, b"\x01", [fd.fileno()]))
 
     # --- what it is ---
 
@@ -193,29 +193,30 @@ class Memory(Shareable):
     @property
     def size(self) -> int:
         """The size in bytes, as it is now: it changes when any process calls `grow`."""
-        return os.fstat(self.fileno()).st_size
+        return self._status().st_size
 
     @property
     def resident(self) -> int:
         """How many bytes of it take up memory now (for a file on disk: how many it has allocated)."""
-        return os.fstat(self.fileno()).st_blocks * 512  # stat(2): in units of 512 bytes
+        return self._status().st_blocks * 512  # stat(2): in units of 512 bytes
 
     @property
     def identity(self) -> tuple[int, int]:
         """`(st_dev, st_ino)`: equal for two handles on the same memory, as long as one is open."""
-        status = os.fstat(self.fileno())
+        status = self._status()
         return status.st_dev, status.st_ino
 
     @property
     def seals(self) -> Seal:
         """The seals on it; none where the backend is not memfd."""
-        return Seal(platform.seals(self.fileno()))
+        fd = self._open()
+        return Seal(platform.seals(fd.fileno()))
 
     @property
     def readonly(self) -> bool:
         """Whether no writable mapping can be made: it was opened read-only, or sealed against writing."""
-        fd = self.fileno()
-        return _open_flags(fd) & os.O_ACCMODE == os.O_RDONLY or bool(platform.seals(fd) & _WRITE_SEALS)
+        fd = self._open()
+        return _is_open_readonly(fd.fileno()) or bool(platform.seals(fd.fileno()) & _WRITE_SEALS)
 
     @property
     def name(self) -> str:
@@ -289,13 +290,17 @@ class Memory(Shareable):
 
         Mappings keep their length. Safe against others that grow it at the same time: the largest wins.
 
-        Raises ValueError if `size` is smaller than it is (memory never shrinks), OSError as on creation.
+        Raises ValueError if `size` is smaller than it is (memory never shrinks), PermissionError if it was opened
+        read-only, OSError as on creation.
         """
         size = _check_count(size, "size")
         now = self.size
         if size < now:
             raise ValueError(f"memory {self._name!r} has {now} bytes and cannot shrink to {size}")
-        _grow(self._open(), size)
+        fd = self._open()
+        if _is_open_readonly(fd.fileno()):
+            raise PermissionError(errno.EACCES, f"cannot grow memory {self._name!r}: it is read-only")
+        _grow(fd, size)
 
     def dup(self) -> Self:
         """Return a second handle, with a descriptor of its own, on the same memory. Raises OSError (EMFILE)."""
@@ -326,6 +331,11 @@ class Memory(Shareable):
         if fd is None:
             raise ValueError(f"memory {self._name!r} is closed")
         return fd
+
+    # Whoever uses the number holds its owner meanwhile: another thread may close this handle.
+    def _status(self) -> os.stat_result:
+        fd = self._open()
+        return os.fstat(fd.fileno())
 
     def _share(self) -> Memory:
         """Return another handle on the same descriptor, which is closed with the last handle that has it."""
@@ -415,11 +425,17 @@ def _why_unmappable(fd: int) -> str | None:
         return f"it is {_describe_mode(mode)}, not memory or a regular file"
     if platform.is_path_only(flags) or flags & os.O_ACCMODE == os.O_WRONLY:
         return "it is not open for reading"
+    if flags & os.O_APPEND:
+        return "it is open for appending, where nothing can be written in place"
     return None
 
 
 def _open_flags(fd: int) -> int:
     return fcntl.fcntl(fd, fcntl.F_GETFL)
+
+
+def _is_open_readonly(fd: int) -> bool:
+    return _open_flags(fd) & os.O_ACCMODE == os.O_RDONLY
 
 
 def _describe_mode(mode: int) -> str:

@@ -20,7 +20,7 @@ from __future__ import annotations
 import os
 import weakref
 from collections.abc import Callable
-from multiprocessing import context, reduction, util
+from multiprocessing import context, reduction
 from typing import Any, Protocol, Self
 
 from ._fds import LostFd, OwnedFd
@@ -86,7 +86,8 @@ def share_fd(fd: OwnedFd | LostFd) -> SharedFd:
 
     Raises:
         HandleLostError: `fd` is that of a lost handle.
-        OSError: no descriptor is left, or the resource sharer cannot be started.
+        OSError: no descriptor is left.
+        RuntimeError: the thread of the resource sharer cannot be started.
     """
     if isinstance(fd, LostFd):
         fd.fileno()  # raises
@@ -134,4 +135,4 @@ def release_launched(launching: weakref.WeakKeyDictionary[Popen, list[OwnedFd]] 
 
 
 # The child's copies: a fork may come in the middle of another thread's launch.
-util.register_after_fork(_launching, weakref.WeakKeyDictionary.clear)
+os.register_at_fork(after_in_child=_launching.clear)

@@ -6,6 +6,7 @@ import gc
 import hashlib
 import mmap
 import multiprocessing
+import os
 import struct
 import subprocess
 import sys
@@ -204,6 +205,7 @@ def test_arrays() -> None:
     assert buffer.ndarray((), "u1", 9_999).shape == ()
     assert buffer.ndarray((0, 4), "f8", 10_000).shape == (0, 4)
     assert buffer.ndarray(4, "S0").shape == (4,)
+    assert buffer.ndarray(2, np.dtype(("f4", (3,)))).shape == (2, 3)
     assert buffer.ndarray(2, "M8[s]")[0] == np.datetime64(0, "s")
     with pytest.raises(TypeError, match="cannot hold Python objects"):
         buffer.ndarray(1, object)
@@ -279,6 +281,9 @@ def test_use_after_close_is_a_value_error() -> None:
     buffer.close()
     actions: list[Callable[[], object]] = [
         lambda: buffer.memory,
+        lambda: buffer.offset,
+        lambda: buffer.readonly,
+        lambda: list(buffer),
         lambda: buffer.size,
         lambda: buffer.buf,
         lambda: len(buffer),
@@ -332,6 +337,55 @@ def test_threads_share_a_buffer() -> None:
     for thread in threads:
         thread.join()
     assert buffer.get_values("<1000q", 0) == tuple(range(1000))
+
+
+def in_threads(*loops: Callable[[], object]) -> None:
+    """Run each in a thread, switching as often as can be; a loop ends when it returns something false."""
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+
+    def repeat(loop: Callable[[], object]) -> None:
+        while loop():
+            pass
+
+    threads = [threading.Thread(target=repeat, args=(loop,)) for loop in loops]
+    try:
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        sys.setswitchinterval(before)
+
+
+def test_closing_in_another_thread_shows_nobody_elses_file(tmp_path: Path) -> None:
+    """A number that is closed is soon another file's: who uses it must hold it."""
+    other = tmp_path / "other"
+    other.write_bytes(b"x" * 12_345)
+    current = [Memory(100)]
+    found: set[object] = set()
+    left = [3000]
+
+    def close() -> bool:
+        current[0].close()
+        fds = [os.open(other, os.O_RDWR) for _ in range(3)]
+        current[0] = Memory(100)
+        for fd in fds:
+            os.close(fd)
+        left[0] -= 1
+        return left[0] > 0
+
+    def use() -> bool:
+        memory = current[0]
+        for action in (lambda: memory.size, lambda: memory.readonly, lambda: memory.map().size):
+            try:
+                found.add(action())
+            except ValueError as error:
+                found.add(str(error))
+        return left[0] > 0
+
+    in_threads(close, use)
+    assert found <= {100, False, "memory 'mpmemory' is closed", "buffer is closed"}
 
 
 def test_a_mapping_of_the_maximum_number(run_python: Any) -> None:

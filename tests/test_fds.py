@@ -250,6 +250,15 @@ def test_watching_a_process_without_pidfds(monkeypatch: pytest.MonkeyPatch) -> N
 # --- test_fds.py ---
 
 
+def test_a_non_blocking_connection_stays_so() -> None:
+    left, right = multiprocessing.Pipe()
+    with left, right:
+        os.set_blocking(left.fileno(), False)  # as asyncio's transports are
+        Memory(1).send(left)
+        assert not os.get_blocking(left.fileno())
+        assert Memory.receive(right).size == 1
+
+
 def test_the_peer_of_a_connection_is_gone() -> None:
     left, right = multiprocessing.Pipe()
     with left:

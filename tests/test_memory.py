@@ -224,6 +224,8 @@ def test_readonly_memory(tmp_path: Path) -> None:
     with pytest.raises(OSError, match="cannot write 1 bytes") as error:
         memory.pwrite(b"x")
     assert error.value.errno == errno.EBADF
+    with pytest.raises(PermissionError, match="cannot grow memory 'numbers': it is read-only"):
+        memory.grow(100)
     copy = memory.map(access=mmap.ACCESS_COPY)
     copy[0] = ord("x")
     assert memory.pread(2) == b"01"
@@ -422,6 +424,7 @@ def test_from_fd_refuses_what_cannot_be_mapped_and_leaves_it(tmp_path: Path) -> 
     left, right = socket.socketpair()
     directory = os.open(tmp_path, os.O_RDONLY)
     write_only = os.open(tmp_path / "file", os.O_WRONLY | os.O_CREAT)
+    appending = os.open(tmp_path / "file", os.O_RDWR | os.O_APPEND)
     path_only = os.open(tmp_path / "file", os.O_PATH)
     null = os.open("/dev/null", os.O_RDWR)
     closed = os.dup(reader)
@@ -433,6 +436,7 @@ def test_from_fd_refuses_what_cannot_be_mapped_and_leaves_it(tmp_path: Path) -> 
         (directory, "a directory"),
         (write_only, "not open for reading"),
         (path_only, "not open for reading"),
+        (appending, "open for appending"),
         (null, "a character device"),
         (closed, "not open"),
         (-1, "not open"),
@@ -451,7 +455,7 @@ def test_from_fd_refuses_what_cannot_be_mapped_and_leaves_it(tmp_path: Path) -> 
         no_fd_lost(action)
     assert os.get_inheritable(reader)
     os.write(writer, b"still usable")
-    for fd in (reader, writer, directory, write_only, path_only, null):
+    for fd in (reader, writer, directory, write_only, appending, path_only, null):
         os.close(fd)
     left.close()
     right.close()

@@ -44,7 +44,7 @@ def test_what_is_ours() -> None:
         "SharedBuffer",
         "WorkerLostError",
         "align",
-    } | (set(mpmemory.__all__) & {"buffer", "context", "errors", "memory", "reduction"})
+    }
 
 
 @pytest.mark.parametrize("kind", [mpmemory.Memory, mpmemory.SharedBuffer, mpmemory.align, mpmemory.get_context])
@@ -104,7 +104,7 @@ def test_what_errors_are() -> None:
 
 
 def test_windows_is_refused_with_one_sentence() -> None:
-    program = "import sys; sys.platform = 'win32'; import mpmemory"
+    program = "import multiprocessing.connection, sys; sys.platform = 'win32'; import mpmemory"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
     assert done.stderr.splitlines()[-1].startswith("ImportError: mpmemory needs a POSIX system")
 

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import multiprocessing
 import os
 import pickle
+import resource
 import signal
 import socket
 import sys
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import connection, reduction, resource_sharer, util
 from pathlib import Path
 from typing import Any
@@ -20,7 +23,7 @@ from conftest import START_METHODS, assert_lost, dumps, open_fds
 
 from mpmemory import HandleLostError, Memory, SharedBuffer, _sharer, get_context
 from mpmemory._backends import platform
-from mpmemory._fds import OwnedFd
+from mpmemory._fds import LostFd, OwnedFd
 
 # --- claims ---
 
@@ -91,7 +94,8 @@ def test_the_sender_was_killed_before_its_handle_was_claimed(method: str, how: s
 
 def fork_send_and_die(conn: Any, keep: Any) -> None:
     conn.send_bytes(dumps(Memory(10)))
-    if os.fork() == 0:  # has the listening socket too, and never answers there
+    os.dup(_sharer._sharer._listener._socket.fileno())
+    if os.fork() == 0:  # has the listening socket too (in a copy that nobody knows of), and never answers there
         with contextlib.suppress(EOFError):
             keep.recv()
         os._exit(0)
@@ -503,7 +507,8 @@ def crowd(address: str) -> Iterator[None]:
 
 def fork_and_be_killed(conn: Any, keep: Any) -> None:
     message = dumps(Memory(10))
-    if os.fork() == 0:  # has the listening socket too, and never answers there
+    os.dup(_sharer._sharer._listener._socket.fileno())
+    if os.fork() == 0:  # has the listening socket too (in a copy that nobody knows of), and never answers there
         with contextlib.suppress(EOFError):
             keep.recv()
         os._exit(0)
@@ -653,5 +658,113 @@ def test_each_sharer_has_an_address_of_its_own() -> None:
         message = dumps(Memory(10))
         addresses.add(_sharer._sharer._address)
         _sharer._sharer.stop(timeout=10)
-        assert_lost(pickle.loads(message), rf"the sender \(pid {os.getpid()}\) is gone, or")
+        assert_lost(pickle.loads(message), rf"the sender \(pid {os.getpid()}\) is gone, is of another user, or")
     assert len(addresses) == 2
+
+
+def test_a_lost_handle_does_not_end_the_thread_of_an_executor() -> None:
+    """Which ends silently at EPIPE, if that is what pickling raises."""
+    lost = Memory._own(LostFd.because(BrokenPipeError(errno.EPIPE, "gone"), "lost"), "lost")
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as executor:
+        with pytest.raises(HandleLostError):
+            executor.submit(len, lost).result()
+        assert executor.submit(abs, -2).result() == 2
+
+
+def fork_and_send(conn: Any) -> None:
+    pickle.loads(dumps(Memory(1)))  # the sharer runs
+    ours = Memory.from_bytes(b"PARENT")
+    reader, writer = os.pipe()
+    released, release = os.pipe()
+    if (pid := os.fork()) == 0:
+        os.write(writer, dumps(Memory.from_bytes(b"CHILD!")))
+        os.read(released, 1)
+        os._exit(0)
+    message = os.read(reader, 10_000)
+    mine = dumps(ours)
+    conn.send((pickle.loads(message).pread(6), pickle.loads(mine).pread(6)))
+    os.write(release, b"x")
+    os.waitpid(pid, 0)
+
+
+def test_a_raw_fork_has_a_sharer_of_its_own() -> None:
+    ours, theirs = multiprocessing.Pipe()
+    with ours, theirs:
+        child = get_context("spawn").Process(target=fork_and_send, args=(theirs,))
+        child.start()
+        assert ours.recv() == (b"CHILD!", b"PARENT")
+        child.join()
+        assert child.exitcode == 0
+
+
+def leave_at_once() -> None:
+    assert not _sharer._unclaimed
+
+
+def test_a_child_forked_while_handles_are_claimed_waits_for_none() -> None:
+    """What is just being claimed in the parent, or given away, is not the child's to wait for."""
+    stop = threading.Event()
+
+    def traffic() -> None:
+        while not stop.is_set():
+            pickle.loads(dumps(Memory(1)))
+
+    threads = [threading.Thread(target=traffic) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    try:
+        for _ in range(100):
+            child = get_context("fork").Process(target=leave_at_once)
+            child.start()
+            child.join()
+            assert child.exitcode == 0
+    finally:
+        stop.set()
+        for thread in threads:
+            thread.join()
+
+
+def send_by_a_thread(conn: Any) -> None:
+    def send() -> None:
+        conn.recv()
+        conn.send(Memory.from_bytes(b"by a thread"))
+
+    threading.Thread(target=send).start()
+
+
+@pytest.mark.parametrize("method", START_METHODS)
+def test_what_other_threads_send_at_the_end_is_waited_for(method: str) -> None:
+    """Before Python 3.13 a process joins its threads after all else that it does at exit."""
+    ours, theirs = multiprocessing.Pipe()
+    with ours:
+        child = get_context(method).Process(target=send_by_a_thread, args=(theirs,))
+        child.start()
+        theirs.close()
+        ours.send("go")
+        message = ours.recv_bytes()
+        assert pickle.loads(message).pread(11) == b"by a thread"
+        child.join()
+        assert child.exitcode == 0
+
+
+def leave_without_descriptors(conn: Any) -> None:
+    conn.send_bytes(dumps(Memory.from_bytes(b"at the limit")))
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (3, hard))
+    util.Finalize(None, conn.send, ("waiting",), exitpriority=_sharer._AWAIT_PRIORITY + 1)
+
+
+def test_the_wait_at_exit_needs_no_descriptor(capfd: pytest.CaptureFixture[str]) -> None:
+    ours, theirs = multiprocessing.Pipe()
+    with ours:
+        child = get_context("fork").Process(target=leave_without_descriptors, args=(theirs,))
+        child.start()
+        theirs.close()
+        message = ours.recv_bytes()
+        assert ours.recv() == "waiting"
+        # To answer it does need one: it has them again.
+        resource.prlimit(child.pid or 0, resource.RLIMIT_NOFILE, resource.getrlimit(resource.RLIMIT_NOFILE))
+        assert pickle.loads(message).pread(12) == b"at the limit"
+        child.join()
+        assert child.exitcode == 0
+    assert capfd.readouterr().err == ""

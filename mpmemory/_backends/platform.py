@@ -130,8 +130,8 @@ class ProcessWatch:
             try:
                 self._pidfd = os.pidfd_open(pid)
             except OSError as error:
-                # ENOSYS: an older kernel; EPERM: a container's filter of system calls.
-                if error.errno not in {errno.ENOSYS, errno.EPERM}:
+                # ENOSYS: an older kernel; EPERM: a container's filter of system calls; or no descriptor is left.
+                if error.errno not in {errno.ENOSYS, errno.EPERM, errno.EMFILE, errno.ENFILE}:
                     raise
 
     def wait_readable(self, fd: int, deadline: float) -> None:
