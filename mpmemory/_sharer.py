@@ -3,10 +3,11 @@
 The resource sharer is a thread of the sender, listening on a Unix socket. What is pickled is its address
 and a key; unpickling claims the descriptor there, once. Beyond what multiprocessing has:
 
-- a claim never raises, and waits only while the sender lives: a child of a plain `os.fork()` keeps the
-  sender's listening socket open, so that after the sender's death a connection is made, and never answered;
+- a claim never raises, and waits only while the sender lives: another process may have the sender's
+  listening socket open, too, so that after the sender's death a connection is made, and never answered;
 - a process that exits normally first waits until what it sent has been claimed;
-- a claimant that stalls or dies in the middle stops nobody else.
+- a claimant that stalls or dies in the middle stops nobody else;
+- a forked child starts anew, also one of a plain `os.fork()`.
 """
 
 from __future__ import annotations

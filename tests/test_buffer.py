@@ -7,6 +7,8 @@ import hashlib
 import mmap
 import multiprocessing
 import os
+import pickle
+import socket
 import struct
 import subprocess
 import sys
@@ -17,11 +19,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import mappings, open_fds
+from conftest import dumps, mappings, open_fds
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mpmemory import CACHE_LINE_SIZE, PAGE_SIZE, Memory, SharedBuffer, align
+from mpmemory import memory as memory_module
+from mpmemory._backends import platform
 
 
 def test_the_constructor_is_memory_and_map() -> None:
@@ -339,53 +343,43 @@ def test_threads_share_a_buffer() -> None:
     assert buffer.get_values("<1000q", 0) == tuple(range(1000))
 
 
-def in_threads(*loops: Callable[[], object]) -> None:
-    """Run each in a thread, switching as often as can be; a loop ends when it returns something false."""
-    before = sys.getswitchinterval()
-    sys.setswitchinterval(1e-6)
+def test_closing_a_handle_while_another_thread_uses_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A number that is closed is soon another file's: who uses it holds it. Here the other thread comes in between."""
+    left, right = socket.socketpair()
+    real_fstat, real_send = os.fstat, memory_module.send_fds
 
-    def repeat(loop: Callable[[], object]) -> None:
-        while loop():
-            pass
+    def fstat(fd: int) -> os.stat_result:
+        memory.close()
+        return real_fstat(fd)
 
-    threads = [threading.Thread(target=repeat, args=(loop,)) for loop in loops]
-    try:
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-    finally:
-        sys.setswitchinterval(before)
+    def send_fds(sock: socket.socket, data: bytes, fds: list[int]) -> None:
+        memory.close()
+        real_send(sock, data, fds)
+
+    with left, right:
+        memory = Memory(100)
+        monkeypatch.setattr(memory_module, "send_fds", send_fds)
+        memory.send(left)
+        assert memory.closed
+        assert Memory.receive(right).size == 100
+        memory = Memory(100)
+        monkeypatch.setattr(os, "fstat", fstat)
+        assert memory.size == 100
+        assert memory.closed
 
 
-def test_closing_in_another_thread_shows_nobody_elses_file(tmp_path: Path) -> None:
-    """A number that is closed is soon another file's: who uses it must hold it."""
-    other = tmp_path / "other"
-    other.write_bytes(b"x" * 12_345)
-    current = [Memory(100)]
-    found: set[object] = set()
-    left = [3000]
+def test_closing_a_buffer_while_another_thread_maps_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    buffer = pickle.loads(dumps(SharedBuffer(100)))
+    real = platform.map_fd
 
-    def close() -> bool:
-        current[0].close()
-        fds = [os.open(other, os.O_RDWR) for _ in range(3)]
-        current[0] = Memory(100)
-        for fd in fds:
-            os.close(fd)
-        left[0] -= 1
-        return left[0] > 0
+    def map_fd(*args: Any, **options: Any) -> Any:
+        buffer.close()
+        return real(*args, **options)
 
-    def use() -> bool:
-        memory = current[0]
-        for action in (lambda: memory.size, lambda: memory.readonly, lambda: memory.map().size):
-            try:
-                found.add(action())
-            except ValueError as error:
-                found.add(str(error))
-        return left[0] > 0
-
-    in_threads(close, use)
-    assert found <= {100, False, "memory 'mpmemory' is closed", "buffer is closed"}
+    monkeypatch.setattr(platform, "map_fd", map_fd)
+    for _ in range(2):
+        with pytest.raises(ValueError, match="buffer is closed"):
+            buffer[0]
 
 
 def test_a_mapping_of_the_maximum_number(run_python: Any) -> None:

@@ -473,6 +473,16 @@ def test_out_of_descriptors_at_the_sender(run_python: Any) -> None:
     run_python(OUT_OF_DESCRIPTORS)
 
 
+def test_all_that_a_claim_needs_is_loaded_before(run_python: Any) -> None:
+    """When it comes there may be no descriptor left to import a module with."""
+    run_python(
+        "import sys, mpmemory\n"
+        "from multiprocessing.reduction import ForkingPickler\n"
+        "ForkingPickler.dumps(mpmemory.Memory(1))\n"
+        "assert 'hmac' in sys.modules\n"
+    )
+
+
 def test_a_sender_that_stops_in_the_middle_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_sharer, "CLAIM_TIMEOUT", 0.2)
     authkey = multiprocessing.current_process().authkey
