@@ -14,6 +14,9 @@ from collections.abc import Callable, Generator, Iterator, Sequence
 from functools import partial
 from multiprocessing.connection import Connection
 from multiprocessing.shared_memory import SharedMemory
+from typing import Any
+
+import numpy as np
 
 import mpmemory
 from mpmemory import PAGE_SIZE, Memory, Seal, SharedBuffer
@@ -128,8 +131,8 @@ def handle() -> Generator[Comparison, None, None]:
 
 
 @contextlib.contextmanager
-def _echo_child() -> Iterator[Connection]:
-    here, there = multiprocessing.Pipe()
+def _echo_child(pipe: Callable[[], Any] = multiprocessing.Pipe) -> Iterator[Any]:
+    here, there = pipe()
     with here:
         child = multiprocessing.get_context("spawn").Process(target=_echo, args=(there,), daemon=True)
         try:
@@ -152,14 +155,33 @@ def _echo(connection: Connection) -> None:
             _close(item)
 
 
-def _round_trip(connection: Connection, item: Memory | socket.socket | int) -> None:
+def _round_trip(connection: Connection, item: object) -> None:
     connection.send(item)
     _close(connection.recv())
 
 
-def _close(item: Memory | socket.socket | int) -> None:
-    if not isinstance(item, int):
+def _close(item: object) -> None:
+    if isinstance(item, Memory | socket.socket):
         item.close()
+
+
+# --- messages -------------------------------------------------------------------------------------
+
+
+def message() -> Generator[Comparison, None, None]:
+    context = mpmemory.get_context("spawn")
+    with Memory(SMALL) as memory, _echo_child() as stock, _echo_child(context.Pipe) as ours:
+        for name, item, calls in (
+            ("an int", 1, 200),
+            ("a Memory", memory, 20),
+            ("an array of 1 MB", np.ones(1 << 17), 10),
+            ("an array of 64 MB", np.ones(1 << 23), 1),
+        ):
+            yield Comparison(
+                calls,
+                Side(f"{name} over our Pipe and back", partial(_round_trip, ours, item)),
+                (Side("the stock Pipe", partial(_round_trip, stock, item)),),
+            )
 
 
 # --- starting a process ---------------------------------------------------------------------------
@@ -210,4 +232,11 @@ def _python(code: str) -> None:
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-ROWS: dict[str, Row] = {"small": small, "large": large, "handle": handle, "start": start, "import": imports}
+ROWS: dict[str, Row] = {
+    "small": small,
+    "large": large,
+    "handle": handle,
+    "message": message,
+    "start": start,
+    "import": imports,
+}

@@ -16,6 +16,9 @@ from .errors import HandleLostError, failed
 # Linux lets 253 descriptors travel in one message (SCM_MAX_FD, unix(7)).
 MAX_FDS = 253
 
+# Plain ints: comparing members of an enum.IntFlag takes longer than receiving.
+_MSG_CTRUNC = int(socket.MSG_CTRUNC)
+_CONTROL_SIZE = socket.CMSG_SPACE(MAX_FDS * array.array("i").itemsize)
 _INT_SIZE = array.array("i").itemsize
 
 
@@ -80,16 +83,16 @@ class LostFd:
         self.fileno()
 
 
-def send_fds(sock: socket.socket, data: bytes, fds: Sequence[int]) -> None:
+def send_fds(sock: socket.socket, data: bytes, fds: Sequence[int], flags: int = 0) -> None:
     """Send `fds` with `data`, which must not be empty, over a Unix socket (SCM_RIGHTS, unix(7)).
 
     Keep `data` to one byte on a stream socket: only the first byte is sure to go with the descriptors.
     Raises OSError.
     """
-    sock.sendmsg([data], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))])
+    sock.sendmsg([data], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))], flags)
 
 
-def recv_fds(sock: socket.socket, size: int) -> tuple[bytes, list[int]]:
+def recv_fds(sock: socket.socket, size: int, flags: int = 0) -> tuple[bytes, list[int]]:
     """Receive one message of up to `size` bytes and its descriptors, which the caller then owns.
 
     They are close-on-exec. At the end of the stream both parts are empty.
@@ -99,13 +102,15 @@ def recv_fds(sock: socket.socket, size: int) -> tuple[bytes, list[int]]:
             those that came are closed. Otherwise as recvmsg(2).
     """
     # Room for as many as can come, so that a truncation has one cause only.
-    data, control, flags, _ = sock.recvmsg(size, socket.CMSG_SPACE(MAX_FDS * _INT_SIZE), MSG_CMSG_CLOEXEC)
+    data, control, found, _ = sock.recvmsg(size, _CONTROL_SIZE, flags | MSG_CMSG_CLOEXEC)
+    if not control and not found & _MSG_CTRUNC:
+        return data, []
     fds = array.array("i")
     for level, kind, content in control:
         if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
             fds.frombytes(content[: len(content) - len(content) % _INT_SIZE])
     try:
-        if flags & socket.MSG_CTRUNC:
+        if found & _MSG_CTRUNC:
             raise failed("cannot receive a file descriptor", OSError(errno.EMFILE, ""))
         if not MSG_CMSG_CLOEXEC:
             for fd in fds:

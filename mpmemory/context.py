@@ -6,7 +6,8 @@ import multiprocessing
 from multiprocessing import context
 from typing import Any, Literal, overload
 
-from . import buffer, memory
+from . import buffer, connection, memory, queues
+from ._backends.platform import messages_work
 
 
 class MemoryContext(context.BaseContext):
@@ -15,6 +16,24 @@ class MemoryContext(context.BaseContext):
     # Neither depends on how processes are started. Classes, so that `ctx.Memory.from_bytes` works.
     Memory = memory.Memory
     SharedBuffer = buffer.SharedBuffer
+
+    # Where messages cannot carry descriptors, or segments not be leased, these are the stock ones.
+
+    def Pipe(self, duplex: bool = True) -> Any:
+        """Return two connections to each other; see `mpmemory.connection`."""
+        return connection.Pipe(duplex) if messages_work() else super().Pipe(duplex)
+
+    def SimpleQueue(self) -> Any:
+        """Return a queue without a limit to wait for; see `mpmemory.queues.SimpleQueue`."""
+        return queues.SimpleQueue() if messages_work() else super().SimpleQueue()
+
+    def Queue(self, maxsize: int = 0) -> Any:
+        """Return a queue for `maxsize` objects, or any number if it is not positive; see `mpmemory.queues.Queue`."""
+        return queues.Queue(maxsize) if messages_work() else super().Queue(maxsize)
+
+    def JoinableQueue(self, maxsize: int = 0) -> Any:
+        """Return a Queue that can be joined; see `mpmemory.queues.JoinableQueue`."""
+        return queues.JoinableQueue(maxsize) if messages_work() else super().JoinableQueue(maxsize)
 
     def get_context(self, method: str | None = None) -> Any:
         """Return this context, or ours of another start method. Raises ValueError for an unknown one."""

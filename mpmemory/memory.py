@@ -27,9 +27,6 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-# What one read(2) or write(2) transfers at most (Linux, write(2)).
-_MAX_TRANSFER = 0x7FFFF000
-
 # memfd_create(2): 249 bytes without the "memfd:" before it.
 _MAX_NAME = 249
 
@@ -267,7 +264,7 @@ class Memory(Shareable):
         fd = self._open()
         parts = []
         while length > 0:
-            part = os.pread(fd.fileno(), min(length, _MAX_TRANSFER), offset)
+            part = os.pread(fd.fileno(), min(length, platform.MAX_TRANSFER), offset)
             if not part:
                 raise failed(f"memory {self._name!r} ended at {offset} while it was read", OSError(errno.EIO, ""))
             parts.append(part)
@@ -404,14 +401,10 @@ def _grow(fd: OwnedFd | LostFd, size: int) -> None:
 
 
 def _write(fd: OwnedFd | LostFd, view: memoryview, offset: int) -> None:
-    total = len(view)
     try:
-        while view:
-            written = os.pwrite(fd.fileno(), view[:_MAX_TRANSFER], offset)
-            view = view[written:]
-            offset += written
+        platform.write_all(fd.fileno(), view, offset)
     except OSError as error:
-        raise failed(f"cannot write {total} bytes into memory", error) from None
+        raise failed(f"cannot write {len(view)} bytes into memory", error) from None
 
 
 def _why_unmappable(fd: int) -> str | None:

@@ -3,6 +3,7 @@
 =====================================  =============================================================
 being pickled                          the descriptor travels
 =====================================  =============================================================
+in a message of our Connection         inside the message (SCM_RIGHTS)
 for a child that is being spawned      by inheritance (`multiprocessing.reduction.DupFd`); from
                                        `FORKSERVER_FDS` on, by the resource sharer
 by any stock multiprocessing object    through `multiprocessing.resource_sharer`: a thread of the
@@ -18,8 +19,9 @@ HandleLostError when it is used.
 from __future__ import annotations
 
 import os
+import threading
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from multiprocessing import context, reduction
 from typing import Any, Protocol, Self
 
@@ -91,10 +93,47 @@ def share_fd(fd: OwnedFd | LostFd) -> SharedFd:
     """
     if isinstance(fd, LostFd):
         fd.fileno()  # raises
+    if in_message.outgoing is not None:
+        return MessageFd(fd)
     popen: Any = context.get_spawning_popen()
     if popen is None or (popen.method == "forkserver" and len(popen._fds) >= FORKSERVER_FDS):
         return share_by_sharer(fd)
     return _InheritedFd(popen, fd)
+
+
+# --- inside a message -----------------------------------------------------------------------------
+
+
+class InMessage(threading.local):
+    """The descriptors of the message that this thread is pickling or unpickling."""
+
+    outgoing: list[OwnedFd] | None = None
+    incoming: Sequence[OwnedFd] = ()
+
+
+in_message = InMessage()
+
+
+class MessageFd:
+    """A descriptor that travels inside the message which is being pickled; the same one only once."""
+
+    def __init__(self, fd: OwnedFd) -> None:
+        outgoing = in_message.outgoing
+        assert outgoing is not None
+        self._index = next((index for index, other in enumerate(outgoing) if other is fd), len(outgoing))
+        if self._index == len(outgoing):
+            outgoing.append(fd)
+
+    def claim(self) -> OwnedFd | LostFd:
+        try:
+            return in_message.incoming[self._index]
+        except IndexError:
+            error = ValueError(f"expected descriptor {self._index} of {len(in_message.incoming)}")
+            return LostFd.because(error, "the handle was unpickled apart from the message it travelled in")
+
+    def detach(self) -> int:
+        """Return a descriptor for whoever closes it himself, as `multiprocessing.reduction.DupFd` gives."""
+        return os.dup(self.claim().fileno())
 
 
 # --- by inheritance -------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
@@ -9,6 +10,7 @@ from multiprocessing import forkserver
 from typing import Any
 
 import pytest
+from conftest import START_METHODS
 
 import mpmemory
 from mpmemory import Memory, SharedBuffer, _backends
@@ -183,8 +185,14 @@ def _fork_server_with_this_backend(backend: str) -> Any:
     forkserver._forkserver._stop()
 
 
+@pytest.fixture(params=["ours", "stock"])
+def ctx(request: pytest.FixtureRequest, method: str) -> Any:
+    return (mpmemory if request.param == "ours" else multiprocessing).get_context(method)
+
+
 @pytest.mark.usefixtures("_fork_server_with_this_backend")
 @pytest.mark.parametrize("channel", CHANNELS)
+@pytest.mark.parametrize("method", START_METHODS)
 def test_memory_travels(channel: Callable[..., Any], ctx: Any, backend: str) -> None:
     memory = Memory(SIZE, name="parent")
     other = SharedBuffer(SIZE, name="parent")
@@ -208,21 +216,6 @@ def test_memory_travels(channel: Callable[..., Any], ctx: Any, backend: str) -> 
         # Its maker is gone; the memory is ours.
         mapped[0:5] = b"still"
         assert mapped.memory.pread(5, 100) == b"still"
-
-
-def test_the_stock_context_carries_them_too() -> None:
-    """Nothing here is particular to our contexts."""
-    import multiprocessing
-
-    memory = Memory(SIZE, name="parent")
-    buffer = Memory(SIZE).map(offset=100)
-    memory.pwrite(SENT)
-    buffer.set_bytes(SENT)
-    with multiprocessing.get_context("spawn").Pool(1) as pool:
-        assert pool.map(answer_pair, [(memory, buffer)]) == ["parent"]
-        pool.close()
-        pool.join()
-    assert memory.pread(len(ANSWER), 50) == ANSWER
 
 
 def test_the_default_start_method_of_multiprocessing_is_followed(run_python: Any) -> None:

@@ -55,7 +55,7 @@ def put_and_leave(queue: Any, ready: Any) -> None:
 
 @pytest.mark.parametrize("method", START_METHODS)
 def test_a_process_that_exits_waits_until_its_handles_are_claimed(method: str) -> None:
-    ctx = get_context(method)
+    ctx = multiprocessing.get_context(method)
     queue, ready = ctx.Queue(), ctx.Event()
     child = ctx.Process(target=put_and_leave, args=(queue, ready))
     child.start()
@@ -72,12 +72,12 @@ def test_a_process_that_exits_waits_until_its_handles_are_claimed(method: str) -
 def test_handles_put_by_a_program_that_ends_reach_its_children(method: str, run_python: Any) -> None:
     """The children are joined at exit, and what a queue's thread writes then must be to be had."""
     done = run_python(
-        "import mpmemory as mp\n"
+        "import multiprocessing, mpmemory as mp\n"
         "def consume(queue, ready):\n"
         "    ready.set()\n"
         "    for _ in range(20): print(queue.get().pread(5).decode(), flush=True)\n"
         "if __name__ == '__main__':\n"
-        f"    ctx = mp.get_context({method!r})\n"
+        f"    ctx = multiprocessing.get_context({method!r})\n"
         "    queue, ready = ctx.Queue(), ctx.Event()\n"
         "    ctx.Process(target=consume, args=(queue, ready)).start()\n"
         "    ready.wait()\n"
@@ -88,7 +88,7 @@ def test_handles_put_by_a_program_that_ends_reach_its_children(method: str, run_
 
 
 LATE = """
-import sys, time
+import multiprocessing, sys, time
 from multiprocessing import util
 import mpmemory as mp
 
@@ -108,7 +108,7 @@ def consume(queue, ready):
     print(memory.pread(4).decode(), buffer.get_string())
 
 if __name__ == "__main__":
-    ctx = mp.get_context(sys.argv[1])
+    ctx = multiprocessing.get_context(sys.argv[1])
     queue, ready = ctx.Queue(), ctx.Event()
     ctx.Process(target=consume, args=(queue, ready)).start()
     ready.wait()

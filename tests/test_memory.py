@@ -17,7 +17,6 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from mpmemory import Memory, Seal, SealedError
-from mpmemory import memory as memory_module
 from mpmemory._backends import platform
 from mpmemory._fds import OwnedFd
 
@@ -247,7 +246,7 @@ def test_memory_that_is_sealed_against_growing(backend: str) -> None:
 
 def test_transfers_in_several_parts(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The system transfers 2 GB at a time."""
-    monkeypatch.setattr(memory_module, "_MAX_TRANSFER", 1000)
+    monkeypatch.setattr(platform, "MAX_TRANSFER", 1000)
     data = os.urandom(4321)
     memory = Memory.from_bytes(data)
     assert memory.pread(4000, 300) == data[300:4300]

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import functools
 import mmap
 import os
 import select
@@ -15,6 +16,7 @@ import shutil
 import socket
 import struct
 import sys
+import tempfile
 import time
 from types import TracebackType
 from typing import Self
@@ -22,7 +24,12 @@ from typing import Self
 # <linux/fcntl.h>. Python's fcntl has them on Linux only, and F_SEAL_FUTURE_WRITE from 3.13 on.
 F_ADD_SEALS = 1033
 F_GET_SEALS = 1034
+F_SEAL_SEAL = 0x0001
 F_SEAL_SHRINK = 0x0002
+F_SEAL_GROW = 0x0004
+
+#: What one read(2) or write(2) transfers at most (Linux, write(2)).
+MAX_TRANSFER = 0x7FFFF000
 
 #: Receive descriptors close-on-exec (0 where the system lacks it: they are then set so one by one).
 MSG_CMSG_CLOEXEC: int = getattr(socket, "MSG_CMSG_CLOEXEC", 0)
@@ -71,6 +78,14 @@ def map_fd(fd: int, length: int, *, access: int, offset: int) -> mmap.mmap:
     if sys.version_info >= (3, 13):
         return mmap.mmap(fd, length, access=access, offset=offset, trackfd=False)
     return mmap.mmap(fd, length, access=access, offset=offset)  # holds a dup of fd until unmapped
+
+
+def write_all(fd: int, view: memoryview, offset: int) -> None:
+    """Write the bytes of `view` at `offset`."""
+    while view:
+        written = os.pwrite(fd, view[:MAX_TRANSFER], offset)
+        view = view[written:]
+        offset += written
 
 
 def copy(source: int, target: int) -> None:
@@ -191,3 +206,73 @@ def _poll(fds: list[int], timeout: float) -> set[int]:
     for fd in fds:
         poll.register(fd, select.POLLIN)
     return {fd for fd, _ in poll.poll(timeout * 1000)}
+
+
+# --- open file descriptions and their locks -------------------------------------------------------
+
+# <linux/fcntl.h>; struct flock on 64-bit: type, whence, start, length (0: to the end), pid.
+_F_OFD_SETLK = 37
+_FLOCK = struct.Struct("hhqqi4x")
+
+
+def _ofd_lock(fd: int, kind: int) -> None:
+    fcntl.fcntl(fd, _F_OFD_SETLK, _FLOCK.pack(kind, os.SEEK_SET, 0, 0, 0))
+
+
+def share_lock(fd: int) -> None:
+    """Take the read lock for the open file description of `fd`; BlockingIOError if another has the write lock."""
+    _ofd_lock(fd, fcntl.F_RDLCK)
+
+
+def is_unshared(fd: int) -> bool:
+    """Return whether no other open file description has a lock on the file of `fd`."""
+    try:
+        _ofd_lock(fd, fcntl.F_WRLCK)
+    except BlockingIOError:
+        return False
+    _ofd_lock(fd, fcntl.F_UNLCK)
+    return True
+
+
+def reopen(fd: int) -> int:
+    """Return a descriptor of a new open file description on the file of `fd`, for reading and writing."""
+    return os.open(f"/proc/self/fd/{fd}", os.O_RDWR | os.O_CLOEXEC)
+
+
+def seal_size(fd: int) -> None:
+    """Forbid to change the size of a memfd any more; elsewhere there are no seals."""
+    if seals(fd) & F_SEAL_SHRINK:
+        fcntl.fcntl(fd, F_ADD_SEALS, F_SEAL_GROW | F_SEAL_SEAL)
+
+
+@functools.cache
+def can_lease() -> bool:
+    """Return whether there are OFD locks, and a /proc to open descriptions anew."""
+    if sys.platform != "linux":
+        return False
+    with tempfile.TemporaryFile() as file:
+        try:
+            fd = reopen(file.fileno())
+        except OSError:
+            return False
+        try:
+            share_lock(fd)
+            return not is_unshared(file.fileno())
+        except OSError:
+            return False
+        finally:
+            os.close(fd)
+
+
+@functools.cache
+def messages_work() -> bool:
+    """Return whether all is there that our connections and queues need: SEQPACKET, eventfds, leases."""
+    if not hasattr(socket, "SOCK_SEQPACKET") or not hasattr(os, "eventfd"):
+        return False
+    try:
+        left, right = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    except OSError:
+        return False
+    left.close()
+    right.close()
+    return can_lease()

@@ -1,0 +1,195 @@
+"""Recycled segments: big payloads at the speed of memcpy.
+
+Fresh shared pages cost ten times more than warm ones, so a sender uses its segments again. Who uses a
+segment is known to the kernel alone, by locks of open file descriptions (fcntl(2), F_OFD_SETLK):
+
+    sender      owns the segment, through a description of its own
+    message     carries a lease: another description of the segment, with a read lock on it
+    receiver    holds the lease as long as it uses what arrived, then closes it
+
+A lease ends when its last descriptor is closed: by the receiver, by the kernel when the receiver dies, by
+the kernel when the message is never read. The owner may use a segment again when it can take the write
+lock. No counter is shared, so nothing needs repair after a crash.
+
+The receiver maps the segment through yet another description, and keeps the mapping warm: a mapping keeps
+its description alive, and would keep the lock.
+
+Where there are no such locks a segment is used once.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import mmap
+import os
+import resource
+import threading
+import time
+from collections.abc import Sequence
+from typing import ClassVar
+
+from . import _backends
+from ._backends import platform
+from ._fds import OwnedFd
+from .errors import failed
+
+#: The least size of a segment in bytes. Sizes are powers of two.
+MIN_SIZE = 1 << 16
+
+#: Segments and mappings unused for so many seconds are given up.
+IDLE_TIMEOUT = 3.0
+
+#: What the offset of a buffer in a segment is a multiple of, in bytes.
+ALIGNMENT = 64
+
+
+class Segment:
+    """Memory that this process fills and sends, again and again. Used by one thread at a time."""
+
+    def __init__(self, size: int) -> None:
+        """Create a segment of `size` bytes. Raises OSError."""
+        try:
+            self.fd = OwnedFd(_backends.chosen().create("mpmemory-segment"))
+            platform.grow(self.fd.fileno(), size)
+            platform.seal_size(self.fd.fileno())
+        except OSError as error:
+            raise failed(f"cannot have a segment of {size} bytes", error) from None
+        self.size = size
+        self.last_used = 0.0  # on the monotonic clock; 0 is never
+        self._view: memoryview | None = None
+
+    def fill(self, parts: Sequence[tuple[int, memoryview]]) -> None:
+        """Copy each part to its offset. Raises OSError."""
+        if self.last_used and self._view is None:
+            self._view = memoryview(_map(self.fd, self.size))
+        for offset, part in parts:
+            if self._view is not None:
+                self._view[offset : offset + len(part)] = part
+            else:
+                # On fresh memory write(2) is twice as fast: nothing is zeroed first, and nothing faults.
+                platform.write_all(self.fd.fileno(), part, offset)
+
+    def lease(self) -> OwnedFd:
+        """Return a new lease. Raises OSError."""
+        try:
+            if not platform.can_lease():
+                return self.fd
+            fd = OwnedFd(platform.reopen(self.fd.fileno()))
+            platform.share_lock(fd.fileno())
+        except OSError as error:
+            raise failed("cannot open a segment for a message", error) from None
+        return fd
+
+
+def _map(fd: OwnedFd, size: int) -> mmap.mmap:
+    try:
+        return platform.map_fd(fd.fileno(), size, access=mmap.ACCESS_WRITE, offset=0)
+    except OSError as error:
+        raise failed(f"cannot map a segment of {size} bytes", error) from None
+
+
+class Warm:
+    """What this process keeps warm for the next message: segments to send in, mappings of those received."""
+
+    def __init__(self) -> None:
+        self._condition = threading.Condition()
+        self._segments: dict[int, list[Segment]] = {}  # by size
+        self._mappings: dict[tuple[int, int], tuple[mmap.mmap, float]] = {}  # by identity; with the last use
+        self._reaper: threading.Thread | None = None
+
+    def take(self, size: int) -> Segment:
+        """Return a segment of at least `size` bytes that nobody uses; give it back when it is sent."""
+        size = max(MIN_SIZE, 1 << (size - 1).bit_length())
+        with self._condition:
+            free = self._segments.get(size, [])
+            for index, segment in enumerate(free):
+                if platform.is_unshared(segment.fd.fileno()):
+                    return free.pop(index)
+        return Segment(size)
+
+    def give_back(self, segment: Segment) -> None:
+        if platform.can_lease():
+            segment.last_used = time.monotonic()
+            with self._condition:
+                self._segments.setdefault(segment.size, []).append(segment)
+                self._watch()
+
+    def mapping(self, lease: OwnedFd) -> mmap.mmap:
+        """Return a mapping of the whole segment of `lease`, the same as for the message before. Raises OSError."""
+        status = os.fstat(lease.fileno())
+        identity = status.st_dev, status.st_ino
+        with self._condition:
+            mapping, _ = self._mappings.get(identity, (None, 0))
+            if mapping is None:
+                fd = OwnedFd(platform.reopen(lease.fileno())) if platform.can_lease() else lease
+                mapping = _map(fd, status.st_size)
+            if platform.can_lease():
+                self._mappings[identity] = mapping, time.monotonic()
+                self._watch()
+        return mapping
+
+    def _watch(self) -> None:
+        if self._reaper is None:
+            reaper = threading.Thread(target=self._reap, name="mpmemory-reaper", daemon=True)
+            with contextlib.suppress(RuntimeError):  # no thread can be started: near the end of the process
+                reaper.start()
+                self._reaper = reaper
+
+    def _reap(self) -> None:
+        with self._condition:
+            while self._segments or self._mappings:
+                self._condition.wait(IDLE_TIMEOUT / 2)
+                self.release(time.monotonic() - IDLE_TIMEOUT)
+            self._reaper = None
+
+    def release(self, before: float) -> None:
+        """Give up what was not used since `before`, on the monotonic clock."""
+        with self._condition:
+            for size, segments in list(self._segments.items()):
+                segments[:] = [segment for segment in segments if segment.last_used >= before]
+                if not segments:
+                    del self._segments[size]
+            for identity, (_, last_used) in list(self._mappings.items()):
+                if last_used < before:
+                    del self._mappings[identity]
+
+
+warm = Warm()
+
+
+def _after_fork_in_child() -> None:
+    # The descriptions of the segments are the parent's as well: the child closes its copies, and starts with none.
+    global warm
+    warm = Warm()
+
+
+os.register_at_fork(after_in_child=_after_fork_in_child)
+
+
+class Lease:
+    """The right to use what a segment holds, of the receiver of a message. Ends when this object goes."""
+
+    # The numbers of all. Set operations are atomic: leases end in any thread, at any time.
+    _held: ClassVar[set[int]] = set()
+
+    def __init__(self, fd: OwnedFd) -> None:
+        """Take over `fd`, and map its segment. Raises OSError."""
+        self._fd = fd
+        self.mapping = warm.mapping(fd)
+        self._held.add(fd.fileno())
+
+    def __del__(self) -> None:
+        self._held.discard(self._fd.fileno())
+
+    @classmethod
+    def is_within_budget(cls) -> bool:
+        """Return whether this process may keep one more: a quarter of its descriptors, and 256 at most."""
+        soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+        return len(cls._held) < (256 if soft == resource.RLIM_INFINITY else min(256, soft // 4))
+
+    def view(self, offset: int, length: int) -> memoryview:
+        """Return a writable view of a part of the segment; the lease lasts as long as anything made from it."""
+        part = (ctypes.c_char * length).from_buffer(self.mapping, offset)
+        part.lease = self  # type: ignore[attr-defined]  # whoever exports a buffer is kept by who imports it
+        return memoryview(part).cast("B")

@@ -1,0 +1,591 @@
+"""Connection and Pipe: what messages carry, and what becomes of broken ones."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import gc
+import multiprocessing
+import os
+import pickle
+import signal
+import socket
+import struct
+import threading
+from multiprocessing.connection import wait
+from typing import Any
+
+import numpy as np
+import pytest
+from conftest import START_METHODS, mappings, open_fds
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mpmemory import HandleLostError, Memory, SharedBuffer, _messages, _segments, get_context
+from mpmemory._messages import BUFFER_MIN, INLINE_MAX
+from mpmemory.connection import Connection, Pipe
+from mpmemory.queues import JoinableQueue, Queue, SimpleQueue
+
+
+@pytest.fixture(autouse=True)
+def _cold() -> Any:
+    """Nothing warm is left for the next test, or seems to leak."""
+    yield
+    gc.collect()
+    _segments.warm.release(float("inf"))
+
+
+@pytest.fixture
+def pipe() -> Any:
+    left, right = Pipe()
+    with left, right:
+        yield left, right
+
+
+def echo(conn: Connection) -> None:
+    while (obj := conn.recv()) is not None:  # no end of stream: a forked child has the other end, too
+        conn.send(obj)
+
+
+# --- what it carries ---
+
+sizes = st.sampled_from([0, 1, 7, BUFFER_MIN - 1, BUFFER_MIN, BUFFER_MIN + 1, INLINE_MAX - 1, INLINE_MAX, 70_000])
+arrays = st.builds(
+    lambda size, dtype, order, step, readonly: make_array(size, dtype, order, step, readonly),
+    sizes,
+    st.sampled_from(["u1", "i2", ">i4", "f8", "c16", "S5", "U3", "M8[s]", "?", "i4,f8"]),
+    st.sampled_from("CF"),
+    st.sampled_from([1, 2, -1]),
+    st.booleans(),
+)
+leaves = (
+    arrays
+    | st.none()
+    | st.integers()
+    | st.text(max_size=20)
+    | st.builds(lambda n: bytes(range(256)) * (n // 200), sizes)
+)
+containers = st.recursive(
+    leaves, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=3)
+)
+
+
+def make_array(size: int, dtype: str, order: Any, step: int, readonly: bool) -> np.ndarray:
+    kind = np.dtype(dtype)
+    rows = max(size // kind.itemsize // 4, 1) if size else 0
+    data = np.arange(rows * 4 * kind.itemsize, dtype="u1")
+    if kind.kind == "U":
+        data[:] = 0
+    array = np.asarray(data.view(kind).reshape(rows, 4), order=order)[::step]
+    array.flags.writeable = not readonly
+    return array
+
+
+def same(sent: Any, found: Any) -> bool:
+    if isinstance(sent, np.ndarray):
+        return (
+            isinstance(found, np.ndarray)
+            and (sent.dtype, sent.shape) == (found.dtype, found.shape)
+            and sent.tobytes() == found.tobytes()
+        )
+    if isinstance(sent, list):
+        return len(sent) == len(found) and all(map(same, sent, found))
+    if isinstance(sent, dict):
+        return list(sent) == list(found) and all(same(sent[key], found[key]) for key in sent)
+    return bool(sent == found)
+
+
+@settings(max_examples=150, deadline=None)
+@given(containers)
+def test_what_is_sent_arrives(obj: Any) -> None:
+    left, right = Pipe()
+    with left, right:
+        left.send(obj)
+        # NumPy itself changes the byte order of some arrays when they are pickled.
+        assert same(pickle.loads(pickle.dumps(obj, 5)), right.recv())
+    _segments.warm.release(float("inf"))
+
+
+@settings(max_examples=50, deadline=None)
+@given(sizes, st.integers(0, 50))
+def test_bytes(size: int, offset: int) -> None:
+    data = os.urandom(size + offset)
+    left, right = Pipe()
+    with left, right:
+        left.send_bytes(data, offset)
+        assert right.recv_bytes() == data[offset:]
+        left.send_bytes(data, offset, size // 2)
+        target = bytearray(size + 3)
+        assert right.recv_bytes_into(target, 3) == size // 2
+        assert target[3 : 3 + size // 2] == data[offset : offset + size // 2]
+    _segments.warm.release(float("inf"))
+
+
+@pytest.mark.xdist_group("shared memory of the machine")
+def test_a_gigabyte(pipe: Any) -> None:
+    left, right = pipe
+    data = b"x" * (1 << 30)
+    left.send(data)
+    assert right.recv() == data
+
+
+def test_arrays_arrive_writable_or_readonly_as_they_were(pipe: Any) -> None:
+    left, right = pipe
+    writable, readonly = np.zeros(100_000), np.zeros(100_000)
+    readonly.flags.writeable = False
+    left.send((writable, readonly, bytes(100_000), bytearray(100_000)))
+    first, second, third, fourth = right.recv()
+    assert first.flags.writeable
+    assert not second.flags.writeable
+    assert (type(third), type(fourth)) == (bytes, bytearray)
+
+
+def test_what_arrives_is_the_receivers_own(pipe: Any) -> None:
+    left, right = pipe
+    array = np.ones(100_000)
+    kept = []
+    for _ in range(5):
+        left.send(array)
+        kept.append(right.recv())
+    kept[0][:] = 7
+    assert [found.sum() for found in kept] == [700_000.0] + [100_000.0] * 4
+    assert array.sum() == 100_000.0
+
+
+def test_overlapping_and_repeated_arrays(pipe: Any) -> None:
+    left, right = pipe
+    array = np.arange(100_000)
+    left.send([array, array, array[::-1]])
+    first, second, third = right.recv()
+    assert first is second
+    assert (third == first[::-1]).all()
+
+
+def test_pandas_frames_cross_without_a_copy(pipe: Any) -> None:
+    pandas = pytest.importorskip("pandas")
+    left, right = pipe
+    frame = pandas.DataFrame({"a": np.arange(100_000), "b": np.ones(100_000)})
+    left.send(frame)
+    assert right.recv().equals(frame)
+
+
+def test_handles_and_buffers(pipe: Any) -> None:
+    left, right = pipe
+    memory = Memory(10, name="parcel")
+    buffer = memory.map(4, 3)
+    before = len(open_fds())
+    left.send([memory, buffer, memory])
+    first, second, third = right.recv()
+    assert first is third
+    assert (first.identity, first.name, second.offset) == (memory.identity, "parcel", 3)
+    assert not os.get_inheritable(first.fileno())
+    # One descriptor for all that share one (and one in each mapping before Python 3.13).
+    second.buf[0] = 9
+    assert memory.pread(1, 3) == b"\x09"
+    assert len(open_fds()) <= before + 2
+
+
+def test_a_thousand_handles_in_one_message(pipe: Any) -> None:
+    left, right = pipe
+    memories = [Memory.from_bytes(index.to_bytes(2, "big")) for index in range(1000)]
+    left.send((memories, np.zeros(100_000)))
+    found, _ = right.recv()
+    assert [int.from_bytes(memory.pread(2), "big") for memory in found] == list(range(1000))
+    assert len({memory.fileno() for memory in found}) == 1000
+
+
+def test_sockets_connections_and_queues(pipe: Any) -> None:
+    left, right = pipe
+    here, there = socket.socketpair()
+    ours, theirs = Pipe()
+    stock_ours, stock_theirs = multiprocessing.Pipe()
+    simple, queue, joinable = SimpleQueue(), Queue(3), JoinableQueue()
+    left.send((there, theirs, stock_theirs, simple, queue, joinable))
+    sock, conn, stock, simple2, queue2, joinable2 = right.recv()
+    with here, there, ours, theirs, stock_ours, stock_theirs, sock, conn, stock:
+        here.send(b"1")
+        ours.send(2)
+        stock_ours.send(3)
+        simple.put(4)
+        queue.put(5)
+        joinable.put(6)
+        assert (sock.recv(1), conn.recv(), stock.recv()) == (b"1", 2, 3)
+        assert (simple2.get(), queue2.get(), joinable2.get()) == (4, 5, 6)
+        joinable2.task_done()
+        joinable.join()
+
+
+def send_and_kill(conn: Connection) -> None:
+    conn.send([Memory.from_bytes(b"left behind"), np.full(100_000, 3)])
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+@pytest.mark.parametrize("method", START_METHODS)
+def test_a_message_outlives_its_sender(method: str) -> None:
+    left, right = Pipe()
+    with left:
+        child = get_context(method).Process(target=send_and_kill, args=(right,))
+        child.start()
+        right.close()
+        child.join()
+        assert child.exitcode == -signal.SIGKILL
+        memory, array = left.recv()
+        assert memory.pread(11) == b"left behind"
+        assert array.sum() == 300_000
+        with pytest.raises(EOFError):
+            left.recv()
+
+
+# --- its API ---
+
+
+def test_properties_and_errors_of_the_api() -> None:
+    reader, writer = Pipe(duplex=False)
+    with reader, writer:
+        assert (reader.readable, reader.writable, writer.readable, writer.writable) == (True, False, False, True)
+        for action in (lambda: reader.send(1), lambda: reader.send_bytes(b"")):
+            with pytest.raises(OSError, match="read-only"):
+                action()
+        for action in (writer.recv, writer.recv_bytes, writer.poll, lambda: writer.recv_bytes_into(bytearray(1))):
+            with pytest.raises(OSError, match="write-only"):
+                action()
+        assert not reader.poll()
+        assert not reader.poll(0.01)
+        writer.send_bytes(b"")
+        assert reader.poll(None)
+        assert wait([reader], 0) == [reader]
+        assert reader.recv_bytes() == b""
+        writer.send_bytes(b"12345")
+        with pytest.raises(OSError, match="at most 3 bytes, found 5"):
+            reader.recv_bytes(3)
+        writer.send_bytes(b"12345")
+        with pytest.raises(multiprocessing.BufferTooShort) as error:
+            reader.recv_bytes_into(bytearray(4))
+        assert error.value.args == (b"12345",)
+        for bad in ((b"1", 2), (b"1", -1), (b"1", 0, 2), (b"1", 0, -1)):
+            with pytest.raises(ValueError, match="are not within 1 bytes"):
+                writer.send_bytes(*bad)
+        writer.send({"a": 1})
+        assert pickle.loads(reader.recv_bytes()) == {"a": 1}
+    assert reader.closed
+    assert "closed" in repr(reader)
+    for action in (reader.recv, reader.fileno, lambda: writer.send(1)):
+        with pytest.raises(OSError, match="closed"):
+            action()
+    reader.close()
+
+
+def test_what_is_no_connection() -> None:
+    read, write = os.pipe()
+    stream, other = socket.socketpair()
+    with stream, other:
+        for fd, message in ((read, "expected a socket"), (stream.fileno(), "expected a SEQPACKET Unix socket")):
+            with pytest.raises(ValueError, match=message):
+                Connection(fd)
+            os.fstat(fd)
+    os.close(read)
+    os.close(write)
+
+
+def test_pickling_errors_send_nothing(pipe: Any) -> None:
+    left, right = pipe
+    before = open_fds()
+    with pytest.raises((pickle.PicklingError, AttributeError)):
+        left.send([Memory(10), np.zeros(100_000), lambda: None])
+    gc.collect()
+    assert open_fds() == before
+    left.send("next")
+    assert right.recv() == "next"
+
+
+class Broken:
+    """Cannot be unpickled."""
+
+    def __reduce__(self) -> Any:
+        return int, ("not a number",)
+
+
+def test_unpickling_errors_are_of_that_message_only(pipe: Any) -> None:
+    left, right = pipe
+    before = open_fds()
+    left.send([Memory(10), np.zeros(100_000), Broken()])
+    left.send("next")
+    with pytest.raises(ValueError, match="not a number"):
+        right.recv()
+    assert right.recv() == "next"
+    gc.collect()
+    _segments.warm.release(float("inf"))
+    assert open_fds() == before
+
+
+def test_the_peer_is_gone() -> None:
+    left, right = Pipe()
+    with left:
+        right.send("last")
+        right.close()
+        assert left.poll()
+        assert left.recv() == "last"
+        for receive in (left.recv, left.recv_bytes):
+            with pytest.raises(EOFError):
+                receive()
+        for obj in (1, np.zeros(100_000), Memory(1)):
+            with pytest.raises(BrokenPipeError):
+                left.send(obj)
+
+
+def test_the_peer_is_gone_with_messages_unread() -> None:
+    left, right = Pipe()
+    with left:
+        left.send("unread")
+        right.close()
+        with pytest.raises(EOFError):
+            left.recv()
+
+
+# --- broken messages ---
+
+HEADER = struct.Struct("<2sBxIQQ")
+
+
+@pytest.mark.parametrize(
+    "datagram",
+    [
+        b"x",
+        b"x" * 24,
+        HEADER.pack(b"mM", 9, 0, 0, 0),
+        HEADER.pack(b"mM", 1, 0, 100, 0) + b"short",
+        HEADER.pack(b"mM", 1, 0, 0, 5),
+        HEADER.pack(b"mM", 1, 3, 0, 0),
+        HEADER.pack(b"mM", 1, 5000, 0, 0),
+        HEADER.pack(b"mM", 3, 0, 10, 0),
+        b"y" * 100_000,
+    ],
+)
+def test_a_foreign_datagram_is_an_error_of_its_own(datagram: bytes, pipe: Any) -> None:
+    left, right = pipe
+    os.write(left.fileno(), datagram)
+    left.send("next")
+    with pytest.raises(OSError, match="expected a message of mpmemory") as error:
+        right.recv()
+    assert error.value.errno == errno.EBADMSG
+    assert right.recv() == "next"
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.binary(min_size=1, max_size=60), st.integers(0, 4), st.booleans())
+def test_random_datagrams_with_descriptors(data: bytes, count: int, header: bool) -> None:
+    left, right = Pipe()
+    before = open_fds()
+    segment = Memory.from_bytes(data * 100)
+    with left, right:
+        datagram = HEADER.pack(b"mM", data[0] % 5, count, data[-1], len(data) % 7) + data if header else data
+        sock = socket.socket(fileno=os.dup(left.fileno()))
+        with sock:
+            fds = struct.pack(f"{count}i", *[segment.fileno()] * count)
+            sock.sendmsg([datagram], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, fds)] if count else [])
+        with contextlib.suppress(OSError):
+            right.recv_bytes()  # not unpickled: a random pickle may do anything
+        left.send("next")
+        assert right.recv() == "next"
+    segment.close()
+    gc.collect()
+    _segments.warm.release(float("inf"))
+    assert set(open_fds()) <= set(before)
+
+
+def test_a_handle_unpickled_apart_from_its_message_is_lost(pipe: Any) -> None:
+    shared = _messages.Message.of_object(Memory(10))
+    (piece,) = shared._pieces
+    with pytest.raises(HandleLostError, match="apart from the message it travelled in"):
+        pickle.loads(piece).fileno()
+
+
+# --- segments ---
+
+
+def segments() -> set[str]:
+    return {line.split()[4] for line in mappings() if "mpmemory-segment" in line}
+
+
+def test_segments_are_used_again(pipe: Any) -> None:
+    left, right = pipe
+    array = np.zeros(200_000)
+    seen = []
+    for _ in range(6):
+        left.send(array)
+        found = right.recv()
+        del found
+        seen.append(segments())
+    assert len(set.union(*seen)) == 1
+
+
+def test_a_segment_is_not_used_again_before_its_last_array_is_gone(pipe: Any) -> None:
+    left, right = pipe
+    left.send(np.full(200_000, 1))
+    first = right.recv()[10:20][::2]
+    for value in range(2, 6):
+        left.send(np.full(200_000, value))
+        assert right.recv()[0] == value
+    assert (first == 1).all()
+    assert len(segments()) == 2
+    assert len(_segments.Lease._held) == 1
+    del first
+    assert len(_segments.Lease._held) == 0
+
+
+def test_segments_come_back_from_messages_that_nobody_reads() -> None:
+    left, right = Pipe()
+    array = np.zeros(200_000)
+    for _ in range(5):
+        left.send(array)
+    right.close()
+    left.close()
+    other, last = Pipe()
+    with other, last:
+        for _ in range(5):
+            other.send(array)
+        assert sum(map(len, _segments.warm._segments.values())) == 5
+
+
+def hold_and_wait(conn: Connection) -> None:
+    kept = [conn.recv() for _ in range(5)]
+    conn.send(len(kept))
+    conn.recv()
+
+
+@pytest.mark.parametrize("method", START_METHODS)
+def test_segments_come_back_from_a_killed_receiver(method: str) -> None:
+    left, right = Pipe()
+    with left:
+        child = get_context(method).Process(target=hold_and_wait, args=(right,))
+        child.start()
+        right.close()
+        array = np.zeros(200_000)
+        for _ in range(5):
+            left.send(array)
+        assert left.recv() == 5
+        child.kill()
+        child.join()
+        taken = [_segments.warm.take(array.nbytes) for _ in range(5)]
+        assert all(segment.last_used for segment in taken)
+
+
+def test_idle_segments_and_mappings_are_given_up(pipe: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_segments, "IDLE_TIMEOUT", 0.1)
+    left, right = pipe
+    before = open_fds()
+    left.send(np.zeros(200_000))
+    kept = right.recv()
+    reaper = _segments.warm._reaper
+    assert reaper is not None
+    reaper.join()
+    assert len(segments()) == 1  # the one in use
+    kept[:] = 1
+    del kept
+    assert (segments(), open_fds()) == (set(), before)
+    left.send(np.zeros(200_000))
+    assert right.recv().sum() == 0
+    reaper = _segments.warm._reaper
+    if reaper is not None:
+        reaper.join()
+
+
+def check_that_nothing_is_inherited(conn: Connection) -> None:
+    conn.send((sum(map(len, _segments.warm._segments.values())), len(_segments.warm._mappings)))
+    conn.send(np.zeros(200_000))
+
+
+def test_a_forked_child_owns_no_segments(pipe: Any) -> None:
+    left, right = pipe
+    left.send(np.zeros(200_000))
+    right.recv()
+    assert _segments.warm._segments
+    child = get_context("fork").Process(target=check_that_nothing_is_inherited, args=(left,))
+    child.start()
+    assert right.recv() == (0, 0)
+    assert right.recv().sum() == 0
+    child.join()
+
+
+def test_five_thousand_arrays_are_kept_under_a_limit_of_1024_descriptors(run_python: Any) -> None:
+    run_python(
+        "import resource, numpy as np\n"
+        "from mpmemory.connection import Pipe\n"
+        "resource.setrlimit(resource.RLIMIT_NOFILE, (1024, 1024))\n"
+        "left, right = Pipe()\n"
+        "kept = []\n"
+        "for index in range(5000):\n"
+        "    left.send(np.full(12_500, index, float))\n"
+        "    kept.append(right.recv())\n"
+        "assert all((array == index).all() for index, array in enumerate(kept))\n"
+        "kept[0][:] = -1; assert kept[1][0] == 1 and kept[4999][0] == 4999\n"
+    )
+
+
+def test_out_of_descriptors(run_python: Any) -> None:
+    run_python(
+        "import errno, os, resource, mpmemory, numpy as np\n"
+        "from mpmemory.connection import Pipe\n"
+        "left, right = Pipe()\n"
+        "memory = mpmemory.Memory(10)\n"
+        "resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))\n"
+        "def fill():\n"
+        "    fds = []\n"
+        "    try:\n"
+        "        while True: fds.append(os.dup(0))\n"
+        "    except OSError: return fds\n"
+        "def expect(action):\n"
+        "    try: action()\n"
+        "    except OSError as error: assert error.errno == errno.EMFILE and 'ulimit' in str(error), error\n"
+        "    else: raise SystemExit('no error')\n"
+        "for obj in (memory, np.zeros(100_000)):\n"
+        "    fds = fill()\n"
+        "    if obj is not memory: expect(lambda: left.send(obj))\n"
+        "    for fd in fds: os.close(fd)\n"
+        "    left.send(obj); left.send('next')\n"
+        "    fds = fill()\n"
+        "    expect(right.recv)\n"
+        "    for fd in fds: os.close(fd)\n"
+        "    assert right.recv() == 'next'\n"
+        "    left.send(obj); right.recv()\n"
+    )
+
+
+def test_threads_share_a_connection(pipe: Any) -> None:
+    left, right = pipe
+    found: list[int] = []
+
+    def send(index: int) -> None:
+        for step in range(100):
+            left.send((index * 100 + step, np.full(5000 * (step % 3), index)))
+
+    def receive() -> None:
+        for _ in range(100):
+            number, array = right.recv()
+            assert (array == number // 100).all()
+            found.append(number)
+
+    threads = [threading.Thread(target=send, args=(index,)) for index in range(4)]
+    threads += [threading.Thread(target=receive) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(found) == list(range(400))
+
+
+@pytest.mark.parametrize("method", START_METHODS)
+def test_echo_by_a_child(method: str) -> None:
+    left, right = Pipe()
+    with left:
+        child = get_context(method).Process(target=echo, args=(right,))
+        child.start()
+        right.close()
+        buffer = SharedBuffer.from_bytes(b"abc")
+        for obj in (1, "text", np.arange(300_000), buffer):
+            left.send(obj)
+            found = left.recv()
+            assert found[0:3] == b"abc" if obj is buffer else same(obj, found)
+        left.send(None)
+        child.join()
+        assert child.exitcode == 0

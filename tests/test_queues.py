@@ -1,0 +1,295 @@
+"""SimpleQueue, Queue and JoinableQueue: the semantics of multiprocessing's, and processes that die using them."""
+
+from __future__ import annotations
+
+import gc
+import multiprocessing
+import os
+import pickle
+import signal
+import threading
+from collections import Counter
+from concurrent.futures import ProcessPoolExecutor
+from queue import Empty, Full
+from typing import Any
+
+import numpy as np
+import pytest
+from conftest import START_METHODS, open_fds
+
+import mpmemory
+from mpmemory import Memory, _segments, context, get_context, queues
+from mpmemory._backends import platform
+
+
+@pytest.fixture(autouse=True)
+def _cold() -> Any:
+    yield
+    gc.collect()
+    _segments.warm.release(float("inf"))
+
+
+def test_contexts_make_ours() -> None:
+    ctx = get_context("spawn")
+    queue, simple, joinable = ctx.Queue(2), ctx.SimpleQueue(), ctx.JoinableQueue()
+    assert (type(queue), type(simple), type(joinable)) == (queues.Queue, queues.SimpleQueue, queues.JoinableQueue)
+    left, right = ctx.Pipe()
+    with left, right:
+        assert type(left) is mpmemory.connection.Connection
+
+
+def test_where_something_is_missing_contexts_make_the_stock_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(context, "messages_work", lambda: False)
+    ctx = get_context("spawn")
+    queue, simple, joinable = ctx.Queue(2), ctx.SimpleQueue(), ctx.JoinableQueue()
+    assert {type(each).__module__ for each in (queue, simple, joinable)} == {"multiprocessing.queues"}
+    left, right = ctx.Pipe()
+    with left, right:
+        left.send(Memory.from_bytes(b"still"))
+        assert right.recv().pread(5) == b"still"
+    simple.close()
+    queue.close()
+    queue.join_thread()
+    joinable.close()
+    joinable.join_thread()
+
+
+def test_messages_work_here() -> None:
+    assert platform.messages_work()
+
+
+def test_simple_queue() -> None:
+    queue = queues.SimpleQueue()
+    assert queue.empty()
+    queue.put([1, Memory.from_bytes(b"abc")])
+    assert not queue.empty()
+    number, memory = queue.get()
+    assert (number, memory.pread(3)) == (1, b"abc")
+    queue.close()
+    with pytest.raises(OSError, match="closed"):
+        queue.put(1)
+
+
+def test_full_and_empty() -> None:
+    queue = queues.Queue(2)
+    assert queue.empty()
+    assert not queue.full()
+    for get in (queue.get_nowait, lambda: queue.get(False), lambda: queue.get(True, 0.01), lambda: queue.get(True, -1)):
+        with pytest.raises(Empty):
+            get()
+    queue.put(1)
+    queue.put_nowait(2)
+    assert queue.full()
+    assert queue.qsize() == 2
+    for put in (lambda: queue.put_nowait(3), lambda: queue.put(3, False), lambda: queue.put(3, True, 0.01)):
+        with pytest.raises(Full):
+            put()
+    assert (queue.get(), queue.get(True, 10)) == (1, 2)
+    assert queue.qsize() == 0
+    threading.Thread(target=queue.put, args=("by a thread",)).start()
+    assert queue.get() == "by a thread"
+    queue.close()
+    for action in (queue.get, lambda: queue.put(1)):
+        with pytest.raises(ValueError, match="is closed"):
+            action()
+    queue.join_thread()
+
+
+def test_put_never_waits_for_readers() -> None:
+    queue = queues.Queue()
+    array = np.arange(20_000)
+    for index in range(3000):
+        queue.put((index, array if index % 500 == 0 else None))
+        array[:] = -1  # what was put is what arrives
+        array[:] = np.arange(20_000)
+    assert queue.qsize() == 3000
+    for index in range(3000):
+        number, found = queue.get()
+        assert number == index
+        assert found is None or (found == np.arange(20_000)).all()
+    assert queue.qsize() == 0
+    queue.close()
+    queue.join_thread()
+
+
+def test_unsent_messages_hold_no_descriptors() -> None:
+    queue = queues.Queue()
+    memory = Memory(10)
+    for _ in range(400):
+        queue.put(None)  # until the socket is full
+    before = len(open_fds())
+    for _ in range(1000):
+        queue.put((memory, np.zeros(20_000)))
+    assert len(open_fds()) <= before + 4
+    queue.cancel_join_thread()
+    while queue.qsize():
+        queue.get()
+    queue.close()
+    queue.join_thread()
+
+
+def test_errors_are_raised_where_the_mistake_is() -> None:
+    queue = queues.JoinableQueue(5)
+    before = open_fds()
+    with pytest.raises((pickle.PicklingError, AttributeError)):
+        queue.put([Memory(10), lambda: None])
+    gc.collect()
+    assert open_fds() == before
+    assert queue.qsize() == 0
+    queue.join()
+    with pytest.raises(ValueError, match="too many times"):
+        queue.task_done()
+
+
+def work(requests: Any, results: Any) -> None:
+    for item in iter(requests.get, None):
+        results.put(item * 2)
+        if isinstance(requests, queues.JoinableQueue):
+            requests.task_done()
+
+
+@pytest.mark.parametrize("method", START_METHODS)
+@pytest.mark.parametrize("kind", ["Queue", "JoinableQueue", "SimpleQueue"])
+def test_workers(kind: str, method: str) -> None:
+    ctx = get_context(method)
+    requests, results = getattr(ctx, kind)(), ctx.Queue()
+    workers = [ctx.Process(target=work, args=(requests, results)) for _ in range(2)]
+    for worker in workers:
+        worker.start()
+    for number in range(200):
+        requests.put(number)
+    if kind == "JoinableQueue":
+        requests.join()
+    assert sorted(results.get() for _ in range(200)) == [2 * number for number in range(200)]
+    for _ in workers:
+        requests.put(None)
+    for worker in workers:
+        worker.join()
+        assert worker.exitcode == 0
+
+
+def put_many_and_leave(queue: Any) -> None:
+    for number in range(2000):
+        queue.put((number, Memory.from_bytes(b"x") if number % 100 == 0 else None))
+
+
+@pytest.mark.parametrize("method", START_METHODS)
+def test_what_was_put_is_sent_before_the_process_ends(method: str) -> None:
+    ctx = get_context(method)
+    queue = ctx.Queue()
+    child = ctx.Process(target=put_many_and_leave, args=(queue,))
+    child.start()
+    found = [queue.get() for _ in range(2000)]
+    child.join()
+    assert [number for number, _ in found] == list(range(2000))
+    assert all(memory.pread(1) == b"x" for _, memory in found if memory)
+    assert child.exitcode == 0
+
+
+def write(queue: Any, first: int, count: int) -> None:
+    for number in range(first, first + count):
+        queue.put((number, bytes(number % 5000), np.full(2500 if number % 50 == 0 else 1, number)))
+
+
+def read(queue: Any, results: Any) -> None:
+    seen = []
+    while (item := queue.get()) is not None:
+        number, data, array = item
+        assert len(data) == number % 5000
+        assert (array == number).all()
+        seen.append(number)
+    results.put(seen)
+
+
+@pytest.mark.parametrize("method", ["fork", "spawn"])
+def test_each_message_exactly_once(method: str) -> None:
+    ctx = get_context(method)
+    queue, results = ctx.Queue(), ctx.Queue()
+    readers = [ctx.Process(target=read, args=(queue, results)) for _ in range(4)]
+    writers = [ctx.Process(target=write, args=(queue, first, 5000)) for first in range(0, 20_000, 5000)]
+    for process in (*readers, *writers):
+        process.start()
+    for writer in writers:
+        writer.join()
+    for _ in readers:
+        queue.put(None)
+    counts = Counter(number for _ in readers for number in results.get())
+    for reader in readers:
+        reader.join()
+    assert len(counts) == 20_000
+    assert set(counts.values()) == {1}
+
+
+def write_for_ever(queue: Any, ready: Any) -> None:
+    ready.set()
+    number = 0
+    while True:
+        queue.put(("noise", np.full(3000, number)))
+        number += 1
+
+
+def read_for_ever(queue: Any, ready: Any) -> None:
+    while True:
+        queue.get()
+        ready.set()
+
+
+def test_killed_readers_and_writers_hang_nobody() -> None:
+    """The stock Queue hangs for ever if a reader is killed with the lock that all readers share."""
+    ctx = get_context("fork")
+    queue = ctx.Queue()
+    for _ in range(10):
+        events = [ctx.Event(), ctx.Event()]
+        doomed = [
+            ctx.Process(target=write_for_ever, args=(queue, events[0])),
+            ctx.Process(target=read_for_ever, args=(queue, events[1])),
+        ]
+        for process in doomed:
+            process.start()
+        for event in events:
+            event.wait()
+        for process in doomed:
+            assert process.pid
+            os.kill(process.pid, signal.SIGKILL)
+            process.join()
+    results = ctx.SimpleQueue()
+    reader = ctx.Process(target=read_signal, args=(queue, results))
+    reader.start()
+    queue.put(("signal", 42))
+    assert results.get() == 42
+    reader.join()
+
+
+def read_signal(queue: Any, results: Any) -> None:
+    while True:
+        kind, value = queue.get()
+        if kind == "signal":
+            results.put(value)
+            return
+
+
+def double(obj: Any) -> Any:
+    return obj * 2
+
+
+@pytest.mark.parametrize("method", START_METHODS)
+def test_the_stock_pool_and_executor_use_them(method: str) -> None:
+    ctx = get_context(method)
+    array = np.arange(100_000)
+    with ctx.Pool(2) as pool:
+        assert (pool.map(double, [array])[0] == 2 * array).all()
+        assert pool.map(double, range(100)) == [2 * number for number in range(100)]
+    with ProcessPoolExecutor(2, mp_context=ctx) as executor:
+        assert (executor.submit(double, array).result() == 2 * array).all()
+
+
+def test_plain_pickle_is_refused() -> None:
+    for queue in (queues.Queue(), queues.SimpleQueue(), queues.JoinableQueue()):
+        with pytest.raises(TypeError, match="cannot pickle or copy"):
+            pickle.dumps(queue)
+    left, right = multiprocessing.Pipe()
+    with left, right:
+        left.send(queues.SimpleQueue())  # by the stock pipe, through the resource sharer
+        again = right.recv()
+        again.put("x")
+        assert again.get() == "x"
