@@ -153,6 +153,7 @@ class Warm:
             for identity, (_, last_used) in list(self._mappings.items()):
                 if last_used < before:
                     del self._mappings[identity]
+            self._condition.notify_all()  # the reaper need not wait if nothing is left
 
 
 warm = Warm()

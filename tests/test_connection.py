@@ -33,6 +33,7 @@ def _cold() -> Any:
     yield
     gc.collect()
     _segments.warm.release(float("inf"))
+    join_reaper()
 
 
 @pytest.fixture
@@ -403,10 +404,22 @@ def test_a_handle_unpickled_apart_from_its_message_is_lost(pipe: Any) -> None:
 # --- segments ---
 
 
+@pytest.fixture
+def _never_idle(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_segments, "IDLE_TIMEOUT", 1000.0)
+
+
+def join_reaper() -> None:
+    reaper = _segments.warm._reaper
+    if reaper is not None:
+        reaper.join()
+
+
 def segments() -> set[str]:
     return {line.split()[4] for line in mappings() if "mpmemory-segment" in line}
 
 
+@pytest.mark.usefixtures("_never_idle")
 def test_segments_are_used_again(pipe: Any) -> None:
     left, right = pipe
     array = np.zeros(200_000)
@@ -419,6 +432,7 @@ def test_segments_are_used_again(pipe: Any) -> None:
     assert len(set.union(*seen)) == 1
 
 
+@pytest.mark.usefixtures("_never_idle")
 def test_a_segment_is_not_used_again_before_its_last_array_is_gone(pipe: Any) -> None:
     left, right = pipe
     left.send(np.full(200_000, 1))
@@ -433,6 +447,7 @@ def test_a_segment_is_not_used_again_before_its_last_array_is_gone(pipe: Any) ->
     assert len(_segments.Lease._held) == 0
 
 
+@pytest.mark.usefixtures("_never_idle")
 def test_segments_come_back_from_messages_that_nobody_reads() -> None:
     left, right = Pipe()
     array = np.zeros(200_000)
@@ -453,6 +468,7 @@ def hold_and_wait(conn: Connection) -> None:
     conn.recv()
 
 
+@pytest.mark.usefixtures("_never_idle")
 @pytest.mark.parametrize("method", START_METHODS)
 def test_segments_come_back_from_a_killed_receiver(method: str) -> None:
     left, right = Pipe()
@@ -476,18 +492,14 @@ def test_idle_segments_and_mappings_are_given_up(pipe: Any, monkeypatch: pytest.
     before = open_fds()
     left.send(np.zeros(200_000))
     kept = right.recv()
-    reaper = _segments.warm._reaper
-    assert reaper is not None
-    reaper.join()
+    join_reaper()
     assert len(segments()) == 1  # the one in use
     kept[:] = 1
     del kept
     assert (segments(), open_fds()) == (set(), before)
     left.send(np.zeros(200_000))
     assert right.recv().sum() == 0
-    reaper = _segments.warm._reaper
-    if reaper is not None:
-        reaper.join()
+    join_reaper()
 
 
 def check_that_nothing_is_inherited(conn: Connection) -> None:
@@ -495,6 +507,7 @@ def check_that_nothing_is_inherited(conn: Connection) -> None:
     conn.send(np.zeros(200_000))
 
 
+@pytest.mark.usefixtures("_never_idle")
 def test_a_forked_child_owns_no_segments(pipe: Any) -> None:
     left, right = pipe
     left.send(np.zeros(200_000))
