@@ -167,7 +167,7 @@ class Queue(Shareable):
         self._closed = False
         self._join_cancelled = False
         self._start_anew()
-        util.register_after_fork(self, Queue._start_anew)
+        _queues.add(self)
 
     def _start_anew(self) -> None:
         """Begin with nothing to send: also in a forked child, for what was put before is the parent's to send."""
@@ -330,6 +330,18 @@ def _join_sender(reference: weakref.ref[threading.Thread]) -> None:
     sender = reference()
     if sender is not None:
         sender.join()
+
+
+# Those of this process, for a child of whatever fork.
+_queues: weakref.WeakSet[Queue] = weakref.WeakSet()
+
+
+def _after_fork_in_child() -> None:
+    for queue in list(_queues):
+        queue._start_anew()
+
+
+os.register_at_fork(after_in_child=_after_fork_in_child)
 
 
 class JoinableQueue(Queue):

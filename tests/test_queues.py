@@ -293,3 +293,23 @@ def test_plain_pickle_is_refused() -> None:
         again = right.recv()
         again.put("x")
         assert again.get() == "x"
+
+
+def test_a_raw_fork_sends_only_what_it_put_itself() -> None:
+    queue = queues.Queue()
+    for number in range(1000):
+        queue.put(number)
+    assert queue._unsent
+    if (pid := os.fork()) == 0:
+        try:
+            queue.put("by the child")
+            queue.close()
+            queue.join_thread()
+        finally:
+            os._exit(0)
+    found = [queue.get() for _ in range(1001)]
+    os.waitpid(pid, 0)
+    assert queue.empty()
+    assert [each for each in found if each != "by the child"] == list(range(1000))
+    queue.close()
+    queue.join_thread()
