@@ -35,7 +35,7 @@ from typing import Any
 
 from . import _segments
 from ._fds import MAX_FDS, OwnedFd, borrow_socket, recv_fds, send_fds
-from ._segments import ALIGNMENT, Lease, Segment
+from ._segments import ALIGNMENT, Lease
 from .reduction import MessageFd, in_message
 
 #: A payload of up to so many bytes travels in the datagram itself.
@@ -109,7 +109,7 @@ class Message:
         """Pickle `obj`; its big buffers are not copied yet. Raises what pickling raises, or OSError."""
         file = _Pieces()
         buffers: list[memoryview] = []
-        fds: list[OwnedFd] = []
+        fds: dict[OwnedFd, int] = {}
 
         def take(buffer: pickle.PickleBuffer) -> bool:
             """Return whether the buffer is to go into the pickle."""
@@ -127,7 +127,7 @@ class Message:
             _Pickler(file, 5, buffer_callback=take).dump(obj)
         finally:
             in_message.outgoing = before
-        return cls(_PICKLE, file.pieces, buffers, fds)
+        return cls(_PICKLE, file.pieces, buffers, list(fds))
 
     @classmethod
     def of_bytes(cls, data: memoryview) -> Message:
@@ -144,22 +144,18 @@ class Message:
         if self._length <= INLINE_MAX and not self._buffers:
             header = _HEADER.pack(_MAGIC, self._kind, len(self._fds), self._length, 0)
             return _send(sock, b"".join((header, *self._pieces)), self._fds, wait)
-        segment = _segments.warm.take(self._fill_size())
+        parts, size = self._layout()
+        segment = _segments.warm.take(size)
         try:
-            self._fill(segment)
+            segment.fill(parts)
             fds = [*self._fds, segment.lease()]
             header = _HEADER.pack(_MAGIC, self._kind | _IN_SEGMENT, len(fds), self._length, len(self._buffers))
             return _send(sock, header, fds, wait)
         finally:
             _segments.warm.give_back(segment)
 
-    def _fill_size(self) -> int:
-        end = _align(_ENTRY.size * len(self._buffers)) + self._length
-        for buffer in self._buffers:
-            end = _align(end) + len(buffer)
-        return end
-
-    def _fill(self, segment: Segment) -> None:
+    def _layout(self) -> tuple[list[tuple[int, memoryview]], int]:
+        """Return what goes into a segment, each part with its offset, and how many bytes that takes."""
         end = _align(_ENTRY.size * len(self._buffers))
         parts = []
         for piece in self._pieces:
@@ -172,7 +168,7 @@ class Message:
             table += _ENTRY.pack(end, len(buffer) | (_READONLY if buffer.readonly else 0))
             end += len(buffer)
         parts.append((0, memoryview(table)))
-        segment.fill(parts)
+        return parts, end
 
 
 def _copy(buffer: memoryview) -> memoryview:

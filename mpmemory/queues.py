@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
-import select
 import sys
 import threading
 import time
@@ -21,6 +20,7 @@ from multiprocessing import util
 from queue import Empty, Full
 from typing import Any, Self
 
+from ._backends import platform
 from ._fds import LostFd, OwnedFd
 from ._messages import Message
 from .connection import Connection, Pipe
@@ -105,10 +105,8 @@ class Counter(Shareable):
 
     def wait(self, deadline: float | None) -> bool:
         """Wait until it is more than 0, and return whether it is."""
-        timeout = None if deadline is None else max(0.0, deadline - time.monotonic()) * 1000
-        poll = select.poll()
-        poll.register(self._fd.fileno(), select.POLLIN)
-        return bool(poll.poll(timeout))
+        timeout = None if deadline is None else max(0.0, deadline - time.monotonic())
+        return bool(platform.poll([self._fd.fileno()], timeout))
 
     def value(self) -> int:
         """Return the number. Raises OSError without /proc."""

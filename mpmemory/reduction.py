@@ -107,7 +107,7 @@ def share_fd(fd: OwnedFd | LostFd) -> SharedFd:
 class InMessage(threading.local):
     """The descriptors of the message that this thread is pickling or unpickling."""
 
-    outgoing: list[OwnedFd] | None = None
+    outgoing: dict[OwnedFd, int] | None = None  # with their places
     incoming: Sequence[OwnedFd] = ()
 
 
@@ -120,9 +120,7 @@ class MessageFd:
     def __init__(self, fd: OwnedFd) -> None:
         outgoing = in_message.outgoing
         assert outgoing is not None
-        self._index = next((index for index, other in enumerate(outgoing) if other is fd), len(outgoing))
-        if self._index == len(outgoing):
-            outgoing.append(fd)
+        self._index = outgoing.setdefault(fd, len(outgoing))
 
     def claim(self) -> OwnedFd | LostFd:
         try:

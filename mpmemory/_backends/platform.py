@@ -165,10 +165,10 @@ class ProcessWatch:
         """
         left = max(deadline - time.monotonic(), 0) if fds else 0
         if self._pidfd >= 0:
-            ready = _poll([*fds, self._pidfd], left)
+            ready = poll([*fds, self._pidfd], left)
             gone = self._pidfd in ready
         else:
-            ready = _poll(fds, min(left, _WATCH_INTERVAL))
+            ready = poll(fds, min(left, _WATCH_INTERVAL))
             gone = not _exists(self._pid)
         if ready.intersection(fds):
             return True
@@ -200,12 +200,12 @@ def _exists(pid: int) -> bool:
     return True
 
 
-def _poll(fds: list[int], timeout: float) -> set[int]:
-    """Return which of `fds` are readable, at their end or broken, within `timeout` seconds."""
-    poll = select.poll()
+def poll(fds: list[int], timeout: float | None) -> set[int]:
+    """Return which of `fds` are readable, at their end or broken, within `timeout` seconds (None: ever)."""
+    poller = select.poll()
     for fd in fds:
-        poll.register(fd, select.POLLIN)
-    return {fd for fd, _ in poll.poll(timeout * 1000)}
+        poller.register(fd, select.POLLIN)
+    return {fd for fd, _ in poller.poll(None if timeout is None else timeout * 1000)}
 
 
 # --- open file descriptions and their locks -------------------------------------------------------
