@@ -92,33 +92,42 @@ def send_fds(sock: socket.socket, data: bytes, fds: Sequence[int], flags: int = 
     sock.sendmsg([data], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))], flags)
 
 
-def recv_fds(sock: socket.socket, size: int, flags: int = 0) -> tuple[bytes, list[int]]:
+def recv_message(sock: socket.socket, size: int, flags: int = 0) -> tuple[bytes, list[int], bool]:
     """Receive one message of up to `size` bytes and its descriptors, which the caller then owns.
 
-    They are close-on-exec. At the end of the stream both parts are empty.
-
-    Raises:
-        OSError: EMFILE if the descriptors could not be received because this process is at its limit;
-            those that came are closed. Otherwise as recvmsg(2).
+    They are close-on-exec. At the end of the stream all parts are empty. The last part tells whether
+    descriptors are missing because this process is at its limit; those that came are then closed.
+    Raises OSError as recvmsg(2).
     """
     # Room for as many as can come, so that a truncation has one cause only.
     data, control, found, _ = sock.recvmsg(size, _CONTROL_SIZE, flags | MSG_CMSG_CLOEXEC)
-    if not control and not found & _MSG_CTRUNC:
-        return data, []
+    truncated = bool(found & _MSG_CTRUNC)
+    if not control:
+        return data, [], truncated
     fds = array.array("i")
     for level, kind, content in control:
         if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
             fds.frombytes(content[: len(content) - len(content) % _INT_SIZE])
-    try:
-        if found & _MSG_CTRUNC:
-            raise failed("cannot receive a file descriptor", OSError(errno.EMFILE, ""))
-        if not MSG_CMSG_CLOEXEC:
-            for fd in fds:
-                os.set_inheritable(fd, False)
-    except BaseException:
+    if truncated:
         close_all(fds)
-        raise
-    return data, list(fds)
+        return data, [], True
+    if not MSG_CMSG_CLOEXEC:
+        for fd in fds:
+            os.set_inheritable(fd, False)
+    return data, list(fds), False
+
+
+def recv_fds(sock: socket.socket, size: int, flags: int = 0) -> tuple[bytes, list[int]]:
+    """As `recv_message`, but raise OSError (EMFILE) if descriptors are missing."""
+    data, fds, truncated = recv_message(sock, size, flags)
+    if truncated:
+        raise truncation()
+    return data, fds
+
+
+def truncation() -> OSError:
+    """Return the error for descriptors that could not be received."""
+    return failed("cannot receive a file descriptor", OSError(errno.EMFILE, ""))
 
 
 def recv_fd(sock: socket.socket) -> OwnedFd:

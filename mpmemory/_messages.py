@@ -6,9 +6,10 @@ Layout of a datagram, numbers little-endian:
     2     u8      kind: 0 bytes, 1 a pickle; + 2 if the payload is in a segment
     3     u8      0
     4     u32     number of descriptors, a lease of the segment included, as the last
-    8     u64     length of the payload in bytes
-    16    u64     number of out-of-band buffers (pickle protocol 5)
-    24    ...     the payload, if it is not in a segment
+    8     u64     tag: whatever the sender wants to know it by
+    16    u64     length of the payload in bytes
+    24    u64     number of out-of-band buffers (pickle protocol 5)
+    32    ...     the payload, if it is not in a segment
 
 Layout of a segment in use, offsets in bytes, all parts but the table aligned to 64:
 
@@ -34,7 +35,7 @@ from multiprocessing import connection, reduction
 from typing import Any
 
 from . import _segments
-from ._fds import MAX_FDS, OwnedFd, borrow_socket, recv_fds, send_fds
+from ._fds import MAX_FDS, OwnedFd, borrow_socket, recv_fds, recv_message, send_fds, truncation
 from ._segments import ALIGNMENT, Lease
 from .reduction import MessageFd, in_message
 
@@ -44,7 +45,8 @@ INLINE_MAX = 32 << 10
 #: A buffer of less bytes is copied into the pickle, which is cheaper than a place of its own.
 BUFFER_MIN = 16 << 10
 
-_HEADER = struct.Struct("<2sBxIQQ")
+_HEADER = struct.Struct("<2sBxIQQQ")
+_TAG = struct.Struct("<8xQ")
 _ENTRY = struct.Struct("<QQ")
 _MAGIC = b"mM"
 _BYTES, _PICKLE, _IN_SEGMENT = 0, 1, 2
@@ -139,20 +141,20 @@ class Message:
         self._pieces = [bytes(piece) for piece in self._pieces]
         self._buffers = [_copy(buffer) for buffer in self._buffers]
 
-    def send(self, sock: socket.socket, *, wait: bool = True) -> bool:
-        """Send it, and return True; False if not `wait` and the socket's buffer is full. Raises OSError."""
+    def pack(self, tag: int = 0) -> Datagram:
+        """Return what is to be sent; big payloads are copied into a segment now. Raises OSError."""
         if self._length <= INLINE_MAX and not self._buffers:
-            header = _HEADER.pack(_MAGIC, self._kind, len(self._fds), self._length, 0)
-            return _send(sock, b"".join((header, *self._pieces)), self._fds, wait)
+            header = _HEADER.pack(_MAGIC, self._kind, len(self._fds), tag, self._length, 0)
+            return Datagram(b"".join((header, *self._pieces)), self._fds)
         parts, size = self._layout()
         segment = _segments.warm.take(size)
         try:
             segment.fill(parts)
             fds = [*self._fds, segment.lease()]
-            header = _HEADER.pack(_MAGIC, self._kind | _IN_SEGMENT, len(fds), self._length, len(self._buffers))
-            return _send(sock, header, fds, wait)
         finally:
             _segments.warm.give_back(segment)
+        header = _HEADER.pack(_MAGIC, self._kind | _IN_SEGMENT, len(fds), tag, self._length, len(self._buffers))
+        return Datagram(header, fds)
 
     def _layout(self) -> tuple[list[tuple[int, memoryview]], int]:
         """Return what goes into a segment, each part with its offset, and how many bytes that takes."""
@@ -175,58 +177,100 @@ def _copy(buffer: memoryview) -> memoryview:
     return memoryview(bytes(buffer) if buffer.readonly else bytearray(buffer))
 
 
-class Received:
-    """A message that has come, with what belongs to it; nothing is unpickled yet."""
+class Datagram:
+    """What travels: a header, perhaps a payload, and descriptors. Who received it can send it on as it is."""
 
-    __slots__ = ("buffers", "fds", "is_pickle", "payload")
+    __slots__ = ("_data", "_fds", "_truncated")
 
-    def __init__(self, sock: socket.socket, flags: int = 0) -> None:
-        """Receive a message. What belongs to a broken one is closed; it does not affect the next.
+    def __init__(self, data: bytes, fds: list[OwnedFd], truncated: bool = False) -> None:
+        self._data = data
+        self._fds = fds
+        self._truncated = truncated
+
+    @classmethod
+    def receive(cls, sock: socket.socket, *, wait: bool = True) -> Datagram:
+        """Receive a datagram.
 
         Raises:
-            EOFError: the peer is gone, and there is no message left.
-            BlockingIOError: there is none, and it was not to wait.
-            OSError: EBADMSG if what came is no message of ours; EMFILE if no descriptor is left; ENOMEM.
+            EOFError: the peer is gone, and there is nothing left to receive.
+            BlockingIOError: there is nothing, and it was not to wait.
+            OSError: as recvmsg(2).
         """
         try:
-            data, numbers = recv_fds(sock, _HEADER.size + INLINE_MAX, flags)
+            data, numbers, truncated = recv_message(sock, _HEADER.size + INLINE_MAX, 0 if wait else socket.MSG_DONTWAIT)
         except ConnectionResetError:
             raise EOFError("the peer is gone") from None
-        fds = [OwnedFd(number) for number in numbers]
-        if not data:
+        if not data and not numbers:
             raise EOFError("the peer is gone")
+        return cls(data, [OwnedFd(number) for number in numbers], truncated)
+
+    @property
+    def tag(self) -> int:
+        """What it was packed with; 0 if it is no message of ours."""
+        return int(_TAG.unpack_from(self._data)[0]) if len(self._data) >= _HEADER.size else 0
+
+    @property
+    def is_big(self) -> bool:
+        """Whether its payload is in a segment."""
+        return bool(self._data[2] & _IN_SEGMENT)
+
+    def send(self, sock: socket.socket, *, wait: bool = True) -> bool:
+        """Send it, and return True; False if not `wait` and the socket's buffer is full. Raises OSError."""
+        if self._truncated:
+            raise truncation()
+        return _send(sock, self._data, self._fds, wait)
+
+    def open(self) -> Received:
+        """Find out what it is.
+
+        Raises OSError: EBADMSG if it is no message of ours; EMFILE if no descriptor was left for what it
+        carries; ENOMEM. What belongs to it is then closed.
+        """
+        if self._truncated:
+            raise truncation()
+        data, fds = self._data, self._fds
         if len(data) < _HEADER.size:
             raise _bad(f"{len(data)} bytes, less than a header")
-        magic, kind, count, length, buffers = _HEADER.unpack_from(data)
+        magic, kind, count, _, length, buffers = _HEADER.unpack_from(data)
         if magic != _MAGIC or kind > _PICKLE | _IN_SEGMENT:
             raise _bad(f"a header {data[: _HEADER.size]!r}")
         if count != len(fds):
             fds = _recv_waiting(fds, count)
-        self.is_pickle = bool(kind & _PICKLE)
-        self.fds = fds
-        self.buffers: list[Any] = []
         if kind & _IN_SEGMENT:
             if not fds:
                 raise _bad("no segment")
-            self.payload, self.buffers = _open_segment(fds.pop(), length, buffers)
-        else:
-            self.payload = memoryview(data)[_HEADER.size :]
-            if len(self.payload) != length or buffers:
-                raise _bad(f"{len(self.payload)} bytes instead of {length}")
+            payload, parts = _open_segment(fds[-1], length, buffers)
+            return Received(bool(kind & _PICKLE), payload, parts, fds[:-1])
+        payload = memoryview(data)[_HEADER.size :]
+        if len(payload) != length or buffers:
+            raise _bad(f"{len(payload)} bytes instead of {length}")
+        return Received(bool(kind & _PICKLE), payload, [], fds)
+
+
+class Received:
+    """A message that has come, with what belongs to it; nothing is unpickled yet."""
+
+    __slots__ = ("_buffers", "_fds", "_is_pickle", "_payload")
+
+    def __init__(self, is_pickle: bool, payload: memoryview, buffers: list[Any], fds: list[OwnedFd]) -> None:
+        self._is_pickle = is_pickle
+        self._payload = payload
+        self._buffers = buffers
+        self._fds = fds
 
     def object(self) -> Any:
         """Unpickle it. Raises what unpickling raises."""
-        before, in_message.incoming = in_message.incoming, self.fds
+        before, in_message.incoming = in_message.incoming, self._fds
         try:
-            return pickle.loads(self.payload, buffers=self.buffers)
+            return pickle.loads(self._payload, buffers=self._buffers)
         finally:
             in_message.incoming = before
 
     def bytes(self) -> memoryview:
         """Return what was sent by `send_bytes`, or the pickle of an object that consists of nothing else."""
-        if self.is_pickle and (self.buffers or self.fds):
+        if self._is_pickle and (self._buffers or self._fds):
             raise OSError(errno.EBADMSG, "expected bytes, found an object with buffers or descriptors")
-        return self.payload
+        return self._payload
 
 
 def _open_segment(fd: OwnedFd, length: int, count: int) -> tuple[memoryview, list[Any]]:

@@ -17,7 +17,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, SupportsIndex
 
 from ._fds import LostFd, OwnedFd
-from ._messages import Message, Received
+from ._messages import Datagram, Message, Received
 from .memory import flat_view
 from .reduction import Shareable, release_launched, share_fd
 
@@ -112,9 +112,13 @@ class Connection(Shareable):
         self.send_message(Message.of_bytes(view[start : start + count]))
 
     def send_message(self, message: Message, *, wait: bool = True) -> bool:
-        """Send what was pickled before; see `Message.send`."""
+        """Send what was pickled before; False if not `wait`, and there is too much to read for the other side."""
+        return self.send_datagram(message.pack(), wait=wait)
+
+    def send_datagram(self, datagram: Datagram, *, wait: bool = True) -> bool:
+        """Send what was packed before; see `Datagram.send`."""
         try:
-            return message.send(self._open(), wait=wait)
+            return datagram.send(self._open(), wait=wait)
         except ConnectionResetError:
             raise BrokenPipeError("the peer is gone") from None
 
@@ -163,8 +167,12 @@ class Connection(Shareable):
 
     def receive(self, *, wait: bool = True) -> Received:
         """Receive a message, not unpickled yet; if not `wait`, raise BlockingIOError if there is none."""
+        return self.receive_datagram(wait=wait).open()
+
+    def receive_datagram(self, *, wait: bool = True) -> Datagram:
+        """Receive what can be opened later, or sent on; see `Datagram.receive`."""
         self._check_readable()
-        return Received(self._open(), 0 if wait else socket.MSG_DONTWAIT)
+        return Datagram.receive(self._open(), wait=wait)
 
     # --- its end ---
 

@@ -345,7 +345,7 @@ def test_the_peer_is_gone_with_messages_unread() -> None:
 
 # --- broken messages ---
 
-HEADER = struct.Struct("<2sBxIQQ")
+HEADER = struct.Struct("<2sBxIQQQ")
 
 
 @pytest.mark.parametrize(
@@ -353,12 +353,12 @@ HEADER = struct.Struct("<2sBxIQQ")
     [
         b"x",
         b"x" * 24,
-        HEADER.pack(b"mM", 9, 0, 0, 0),
-        HEADER.pack(b"mM", 1, 0, 100, 0) + b"short",
-        HEADER.pack(b"mM", 1, 0, 0, 5),
-        HEADER.pack(b"mM", 1, 3, 0, 0),
-        HEADER.pack(b"mM", 1, 5000, 0, 0),
-        HEADER.pack(b"mM", 3, 0, 10, 0),
+        HEADER.pack(b"mM", 9, 0, 0, 0, 0),
+        HEADER.pack(b"mM", 1, 0, 0, 100, 0) + b"short",
+        HEADER.pack(b"mM", 1, 0, 0, 0, 5),
+        HEADER.pack(b"mM", 1, 3, 0, 0, 0),
+        HEADER.pack(b"mM", 1, 5000, 0, 0, 0),
+        HEADER.pack(b"mM", 3, 0, 0, 10, 0),
         b"y" * 100_000,
     ],
 )
@@ -379,7 +379,7 @@ def test_random_datagrams_with_descriptors(data: bytes, count: int, header: bool
     before = open_fds()
     segment = Memory.from_bytes(data * 100)
     with left, right:
-        datagram = HEADER.pack(b"mM", data[0] % 5, count, data[-1], len(data) % 7) + data if header else data
+        datagram = HEADER.pack(b"mM", data[0] % 5, count, 0, data[-1], len(data) % 7) + data if header else data
         sock = socket.socket(fileno=os.dup(left.fileno()))
         with sock:
             fds = struct.pack(f"{count}i", *[segment.fileno()] * count)
