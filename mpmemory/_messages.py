@@ -51,6 +51,7 @@ _ENTRY = struct.Struct("<QQ")
 _MAGIC = b"mM"
 _BYTES, _PICKLE, _IN_SEGMENT = 0, 1, 2
 _READONLY = 1 << 63
+_DONTWAIT = int(socket.MSG_DONTWAIT)
 
 # How long to wait before trying again when too many descriptors are under way, in seconds.
 _RETRY_INTERVAL = 0.002
@@ -97,14 +98,14 @@ class _Pickler(pickle.Pickler):
 class Message:
     """A message to send: what was pickled, or bytes as they are."""
 
-    __slots__ = ("_buffers", "_fds", "_kind", "_length", "_pieces")
+    __slots__ = ("_buffers", "_fds", "_kind", "_pieces", "length")
 
     def __init__(self, kind: int, pieces: list[Any], buffers: list[memoryview], fds: list[OwnedFd]) -> None:
         self._kind = kind
         self._pieces = pieces
         self._buffers = buffers
         self._fds = fds
-        self._length = len(pieces[0]) if len(pieces) == 1 else sum(map(len, pieces))
+        self.length = len(pieces[0]) if len(pieces) == 1 else sum(map(len, pieces))
 
     @classmethod
     def of_object(cls, obj: object) -> Message:
@@ -136,6 +137,11 @@ class Message:
         """Take `data` as it is, without a copy."""
         return cls(_BYTES, [data], [], [])
 
+    @property
+    def is_big(self) -> bool:
+        """Whether it needs a segment."""
+        return self.length > INLINE_MAX or bool(self._buffers)
+
     def detach(self) -> None:
         """Copy what still belongs to the caller, so that the message can wait."""
         self._pieces = [bytes(piece) for piece in self._pieces]
@@ -143,8 +149,8 @@ class Message:
 
     def pack(self, tag: int = 0) -> Datagram:
         """Return what is to be sent; big payloads are copied into a segment now. Raises OSError."""
-        if self._length <= INLINE_MAX and not self._buffers:
-            header = _HEADER.pack(_MAGIC, self._kind, len(self._fds), tag, self._length, 0)
+        if not self.is_big:
+            header = _HEADER.pack(_MAGIC, self._kind, len(self._fds), tag, self.length, 0)
             return Datagram(b"".join((header, *self._pieces)), self._fds)
         parts, size = self._layout()
         segment = _segments.warm.take(size)
@@ -153,7 +159,7 @@ class Message:
             fds = [*self._fds, segment.lease()]
         finally:
             _segments.warm.give_back(segment)
-        header = _HEADER.pack(_MAGIC, self._kind | _IN_SEGMENT, len(fds), tag, self._length, len(self._buffers))
+        header = _HEADER.pack(_MAGIC, self._kind | _IN_SEGMENT, len(fds), tag, self.length, len(self._buffers))
         return Datagram(header, fds)
 
     def _layout(self) -> tuple[list[tuple[int, memoryview]], int]:
@@ -197,7 +203,7 @@ class Datagram:
             OSError: as recvmsg(2).
         """
         try:
-            data, numbers, truncated = recv_message(sock, _HEADER.size + INLINE_MAX, 0 if wait else socket.MSG_DONTWAIT)
+            data, numbers, truncated = recv_message(sock, _HEADER.size + INLINE_MAX, 0 if wait else _DONTWAIT)
         except ConnectionResetError:
             raise EOFError("the peer is gone") from None
         if not data and not numbers:
@@ -318,7 +324,7 @@ def _send(sock: socket.socket, datagram: bytes, fds: Sequence[OwnedFd], wait: bo
             for first in range(0, len(fds), MAX_FDS):
                 _send(here, b"\0", fds[first : first + MAX_FDS], wait)
         fds = [end]
-    flags = 0 if wait else socket.MSG_DONTWAIT
+    flags = 0 if wait else _DONTWAIT
     while True:
         try:
             if fds:

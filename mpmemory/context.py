@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import multiprocessing
+from collections.abc import Callable, Iterable
 from multiprocessing import context
+from multiprocessing import pool as stock_pool
 from typing import Any, Literal, overload
 
-from . import buffer, connection, memory, queues
+from . import buffer, connection, memory, pool, queues
 from ._backends.platform import messages_work
 
 
@@ -34,6 +36,17 @@ class MemoryContext(context.BaseContext):
     def JoinableQueue(self, maxsize: int = 0) -> Any:
         """Return a Queue that can be joined; see `mpmemory.queues.JoinableQueue`."""
         return queues.JoinableQueue(maxsize) if messages_work() else super().JoinableQueue(maxsize)
+
+    def Pool(
+        self,
+        processes: int | None = None,
+        initializer: Callable[..., object] | None = None,
+        initargs: Iterable[Any] = (),
+        maxtasksperchild: int | None = None,
+    ) -> Any:
+        """Return a pool of worker processes; see `mpmemory.pool.Pool`."""
+        kind = pool.Pool if messages_work() else stock_pool.Pool
+        return kind(processes, initializer, initargs, maxtasksperchild, self.get_context())
 
     def get_context(self, method: str | None = None) -> Any:
         """Return this context, or ours of another start method. Raises ValueError for an unknown one."""

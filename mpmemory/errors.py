@@ -44,6 +44,10 @@ class WorkerLostError(MpMemoryError, multiprocessing.ProcessError):
         return f"worker {self.pid} {describe_exit(self.exitcode)} while it ran a task"
 
 
+class PoolError(MpMemoryError, multiprocessing.ProcessError):
+    """A pool cannot run a task (any more): it was terminated, or its workers end before they can take one."""
+
+
 class SealedError(MpMemoryError, PermissionError):
     """A seal on the memory forbids what was asked."""
 

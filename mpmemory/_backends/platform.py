@@ -13,6 +13,7 @@ import mmap
 import os
 import select
 import shutil
+import signal
 import socket
 import struct
 import sys
@@ -32,7 +33,9 @@ F_SEAL_GROW = 0x0004
 MAX_TRANSFER = 0x7FFFF000
 
 #: Receive descriptors close-on-exec (0 where the system lacks it: they are then set so one by one).
-MSG_CMSG_CLOEXEC: int = getattr(socket, "MSG_CMSG_CLOEXEC", 0)
+MSG_CMSG_CLOEXEC = int(
+    getattr(socket, "MSG_CMSG_CLOEXEC", 0)
+)  # a plain int: "|" of an enum takes longer than receiving
 
 #: Whether Unix sockets can have names that are in no folder, and go with the socket (unix(7)).
 ABSTRACT_SOCKETS = sys.platform == "linux"
@@ -131,6 +134,21 @@ def cache_line_size() -> int:
     return 64
 
 
+def open_pidfd(pid: int) -> int:
+    """Return a descriptor that is readable from the end of process `pid` on; -1 if there can be none.
+
+    Raises ProcessLookupError if there is no such process.
+    """
+    if hasattr(os, "pidfd_open"):
+        try:
+            return os.pidfd_open(pid)
+        except OSError as error:
+            # ENOSYS: an older kernel; EPERM: a container's filter of system calls; or no descriptor is left.
+            if error.errno not in {errno.ENOSYS, errno.EPERM, errno.EMFILE, errno.ENFILE}:
+                raise
+    return -1
+
+
 class ProcessWatch:
     """Wait for a descriptor, but no longer than a certain process lives.
 
@@ -140,14 +158,7 @@ class ProcessWatch:
     def __init__(self, pid: int) -> None:
         """Watch `pid`. Raises ProcessLookupError if there is no such process."""
         self._pid = pid
-        self._pidfd = -1
-        if hasattr(os, "pidfd_open"):
-            try:
-                self._pidfd = os.pidfd_open(pid)
-            except OSError as error:
-                # ENOSYS: an older kernel; EPERM: a container's filter of system calls; or no descriptor is left.
-                if error.errno not in {errno.ENOSYS, errno.EPERM, errno.EMFILE, errno.ENFILE}:
-                    raise
+        self._pidfd = open_pidfd(pid)
 
     def wait_readable(self, fd: int, deadline: float) -> None:
         """Wait until `fd` is readable (or at its end).
@@ -206,6 +217,20 @@ def poll(fds: list[int], timeout: float | None) -> set[int]:
     for fd in fds:
         poller.register(fd, select.POLLIN)
     return {fd for fd, _ in poller.poll(None if timeout is None else timeout * 1000)}
+
+
+def kill_at_hangup(fd: int) -> None:
+    """Have the kernel kill this process when nobody can write any more to the pipe that `fd` reads from. Linux only.
+
+    The pipe is never written to. Raises OSError.
+    """
+    # Owner and flags belong to the open file description: this process needs one of its own, for ever.
+    own = os.open(f"/proc/self/fd/{fd}", os.O_RDONLY | os.O_CLOEXEC)
+    fcntl.fcntl(own, fcntl.F_SETOWN, os.getpid())
+    fcntl.fcntl(own, fcntl.F_SETSIG, signal.SIGKILL)
+    fcntl.fcntl(own, fcntl.F_SETFL, fcntl.fcntl(own, fcntl.F_GETFL) | os.O_ASYNC)
+    if poll([own], 0):  # it has happened before
+        os.kill(os.getpid(), signal.SIGKILL)
 
 
 # --- open file descriptions and their locks -------------------------------------------------------

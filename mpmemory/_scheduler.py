@@ -1,0 +1,725 @@
+"""Who runs which task: the inside of a Pool.
+
+Each worker has a channel of its own, a SEQPACKET socket pair of which the scheduler keeps both ends. A few
+tasks are sent ahead, so that a worker need not wait for the next one; what a worker has not read yet can be
+received at its end and sent to another, with everything that belongs to it.
+
+A worker answers each task with one datagram. So when it dies, what it has neither answered nor left unread
+is what it was running.
+
+Tasks are sent by whoever submits them, so that no thread has to wake up first. One thread receives results,
+calls back, watches, starts and buries workers. Nothing that is shared between processes is waited for.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import os
+import select
+import sys
+import threading
+import time
+import weakref
+from collections import deque
+from collections.abc import Callable, Iterable
+from multiprocessing.pool import (  # type: ignore[attr-defined]
+    CLOSE,
+    RUN,
+    TERMINATE,
+    IMapIterator,
+    MapResult,
+    _helper_reraises_exception,
+)
+from multiprocessing.process import BaseProcess
+from typing import Any
+
+from ._backends import platform
+from ._fds import OwnedFd
+from ._messages import Datagram, Message
+from ._worker import ABOUT_WORKER, Lifeline
+from .connection import Connection, Pipe
+from .errors import PoolError, WorkerLostError, describe_exit
+
+#: The load of a worker that gets no more tasks: so many small ones, the running one included.
+FULL = 8
+
+#: A small task counts once for each so many bytes.
+SMALL = 8 << 10
+
+#: The load of a big task: few are sent ahead, since their memory is in use meanwhile.
+BIG = 4
+
+#: How long terminated workers have for their own end until they are killed, in seconds.
+GRACE = 1.0
+
+#: So many workers that end before they are ready, one after the other, break the pool; not less than it has.
+MAX_FAILED_STARTS = 3
+
+# How often to try again to start a worker, in seconds.
+_RETRY_INTERVAL = 0.5
+
+# After CLOSE: all is done, and the workers are leaving.
+PARTING = "PARTING"
+
+StartWorker = Callable[[Connection, Lifeline], BaseProcess]
+
+
+class Task:
+    """Something to run: part `index` of the result of number `job`."""
+
+    __slots__ = ("datagram", "index", "job", "load", "message", "tag")
+
+    def __init__(self, tag: int, job: int, index: int, message: Message) -> None:
+        self.tag = tag
+        self.job = job
+        self.index = index
+        # Either is there until it is sent. What needs no segment can be packed at once.
+        self.message: Message | None = message
+        self.datagram: Datagram | None = None
+        if message.is_big:
+            self.load = BIG
+        else:
+            self.load = 1 + message.length // SMALL
+            self.pack()
+
+    def pack(self) -> Datagram:
+        """Return what is to be sent. Raises OSError."""
+        if self.datagram is None:
+            assert self.message is not None
+            self.datagram = self.message.pack(self.tag)
+            self.message = None
+        return self.datagram
+
+
+class Window:
+    """How far the feeder of an imap may be ahead of who takes its results."""
+
+    def __init__(self, iterator: IMapIterator[Any], size: int) -> None:
+        self.fed = 0
+        self.started = False  # somebody takes results
+        self.abandoned = False  # nobody can take any more
+        self.waited_for = False
+        self._iterator: Any = iterator
+        self._size = size
+
+    def _ahead(self) -> int:
+        taken = self._iterator._index - len(self._iterator._items)
+        return int(self.fed - taken)
+
+    def is_open(self) -> bool:
+        # What was never iterated over is there for its effects.
+        return self._ahead() < self._size or self.abandoned
+
+    def is_half_open(self) -> bool:
+        return self._ahead() <= self._size // 2
+
+    def is_unwanted(self) -> bool:
+        return self.started and self.abandoned
+
+
+class Worker:
+    """A worker process, seen from its pool."""
+
+    def __init__(self, tasks: int | None) -> None:
+        """Prepare one that will get so many tasks at most; None is any number. Raises OSError."""
+        self.channel, self.far_end = Pipe()
+        self.process: BaseProcess | None = None
+        self.tasks: dict[int, Task] = {}  # not answered yet, in the order of sending
+        # The difference is its load. Each is changed by one side only: who sends (locked), the scheduler's thread.
+        self.given = 0
+        self.done = 0
+        self.sending = 0  # so many threads are just sending to it
+        self.left = tasks
+        self.ready = False
+        self.leaving = False
+        self.blocked = False  # its socket is full
+        self.dead = False
+
+    def start(self, start: StartWorker, lifeline: Lifeline) -> BaseProcess:
+        """Start it. Raises what starting a process raises."""
+        self.process = process = start(self.far_end, lifeline)
+        assert process.pid is not None
+        self.pid = process.pid
+        try:
+            number = platform.open_pidfd(self.pid)
+        except ProcessLookupError:  # dead already; the fork server has collected it
+            number = -1
+        self._pidfd = OwnedFd(number) if number >= 0 else None
+        # Not the process's sentinel, if there is a choice: children of the worker may keep that from firing.
+        self.death = self._pidfd.fileno() if self._pidfd else process.sentinel
+        return process
+
+    @property
+    def load(self) -> int:
+        return self.given - self.done
+
+    def has_room(self) -> bool:
+        return self.given - self.done < FULL and self.left != 0 and not (self.blocked or self.leaving or self.dead)
+
+    def reserve(self, task: Task) -> None:
+        """Note that the task will be sent. Locked."""
+        self.tasks[task.tag] = task
+        self.given += task.load
+        if self.left is not None:
+            self.left -= 1
+
+    def unreserve(self, task: Task) -> None:
+        """Note that the task was not sent, or was not read and taken back. Locked."""
+        if self.tasks.pop(task.tag, None) is not None:
+            self.given -= task.load
+            if self.left is not None:
+                self.left += 1
+
+    def answered(self, tag: int) -> Task | None:
+        """Note that an answer has come. In the scheduler's thread."""
+        self.blocked = False
+        task = self.tasks.pop(tag, None)
+        if task is not None:
+            self.done += task.load
+        return task
+
+    def take_back(self) -> Datagram | None:
+        """Receive what it has not read yet, if there is anything."""
+        try:
+            return self.far_end.receive_datagram(wait=False)
+        except BlockingIOError:
+            return None
+
+    def leave(self) -> None:
+        """Tell it to leave when it has done what it got."""
+        self.leaving = True
+        with contextlib.suppress(OSError):
+            self.channel.send_datagram(Message.of_object(None).pack(ABOUT_WORKER), wait=False)
+
+    def forget(self) -> None:
+        """Close what this process has of it. In a forked child that it is just starting in, it keeps its end."""
+        self.channel.close()
+        if self.process is not None:
+            self.far_end.close()
+            self._pidfd = None
+
+
+class Scheduler:
+    """Runs the tasks of one pool. Methods may be called in any thread, unless they say otherwise."""
+
+    def __init__(self, start: StartWorker, processes: int, tasks_per_worker: int | None) -> None:
+        """Start the workers. Raises what starting a process raises."""
+        self.results: dict[int, Any] = {}  # by job: those not complete
+        self.processes: list[BaseProcess] = []
+        self.error: tuple[str, BaseException | None] | None = None  # why it is broken
+        self._start = start
+        self._tasks_per_worker = tasks_per_worker
+        self._state = RUN
+        # Reentrant, since a pool that is collected while the lock is held terminates.
+        self._lock = threading.RLock()
+        self._room = threading.Condition(self._lock)  # for feeders
+        self._feeders_waiting = 0
+        self._feeders = 0
+        self._pending: deque[Task] = deque()  # no worker had room
+        self._tags = itertools.count(ABOUT_WORKER + 1)
+        self._workers: list[Worker] = []
+        self._starting: Worker | None = None
+        self._failed: deque[tuple[int, int, BaseException]] = deque()
+        self._broken_jobs: deque[tuple[int, BaseException]] = deque()
+        self._failed_starts = 0  # in a row
+        self._last_end = ""
+        self._start_error: BaseException | None = None
+        self._lifeline = Lifeline()
+        self._wake_fd = OwnedFd(os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK))
+        self._poller = select.poll()
+        self._poller.register(self._wake_fd.fileno(), select.POLLIN)
+        self._by_fd: dict[int, Worker] = {}
+        self._owner = os.getpid()
+        _schedulers.add(self)
+        try:
+            for index in range(processes):
+                self._add_worker(index)
+        except BaseException:
+            self._end()
+            raise
+        self._thread = threading.Thread(target=self._run, name="mpmemory-pool", daemon=True)
+        self._thread.start()
+
+    @property
+    def state(self) -> str:
+        """RUN, CLOSE or TERMINATE, those of multiprocessing's pool."""
+        return self._state
+
+    def is_of_this_process(self) -> bool:
+        return self._owner == os.getpid()
+
+    # --- submitting ---
+
+    def put(self, work: tuple[Iterable[tuple[Any, ...]], Callable[[int], None] | None]) -> None:
+        """Take tasks `(job, index, func, args, kwds)`, as the task queue of multiprocessing's pool does.
+
+        Those of a list are sent at once. Any other iterable is read by a thread of its own, as far as
+        there is room for more; then the second part of `work` is called with their number.
+        """
+        tasks, set_length = work
+        if isinstance(tasks, list):
+            for task in tasks:
+                try:
+                    self.submit(*task)
+                except BaseException:  # KeyboardInterrupt
+                    self.results.pop(task[0], None)
+                    raise
+        else:
+            self.feed(tasks, set_length)
+
+    def submit(self, job: int, index: int, func: Any, args: Any, kwds: Any) -> None:
+        """Send a task to a worker, or keep it until one has room. An error becomes its result."""
+        try:
+            message = Message.of_object((func, args, kwds))
+        except Exception as error:
+            self._fail(job, index, error)
+            return
+        task = Task(next(self._tags), job, index, message)
+        try:
+            with self._lock:
+                worker = self._reserve(task) if not self._pending else None
+                if worker is None:
+                    self._pending.append(task)
+            if worker is not None:
+                self._send(worker, task)
+        except BaseException:
+            self._withdraw(task)
+            raise
+
+    def feed(
+        self, tasks: Iterable[tuple[Any, ...]], set_length: Callable[[int], None] | None, window: Window | None = None
+    ) -> None:
+        """Submit `tasks` from a thread, which waits while there is no room, or `window` is not open."""
+        with self._lock:
+            self._feeders += 1
+        arguments = tasks, set_length, window
+        try:
+            threading.Thread(target=self._feed, args=arguments, name="mpmemory-pool-feeder", daemon=True).start()
+        except RuntimeError:  # no thread can be started: the limit, or near the end of the process
+            self._feed(*arguments)
+
+    def _feed(
+        self, tasks: Iterable[tuple[Any, ...]], set_length: Callable[[int], None] | None, window: Window | None
+    ) -> None:
+        job, count, expected = None, 0, 0
+        try:
+            for job, index, func, args, kwds in tasks:
+                if not count and isinstance(result := self.results.get(job), MapResult):
+                    expected = result._number_left  # type: ignore[attr-defined]
+                count += 1
+                if func is _helper_reraises_exception:  # what the user's iterable raised
+                    self._fail(job, index, args[0])
+                    continue
+                if not self._wait_for_room(window):
+                    count -= 1
+                    break
+                self.submit(job, index, func, args, kwds)
+                del func, args, kwds  # not kept while waiting for the next
+            if count < expected:
+                raise ValueError(f"the iterable gave less than its length: {count} chunks instead of {expected}")
+            if set_length is not None:
+                set_length(count)
+        except BaseException as error:
+            if job is not None:
+                self._broken_jobs.append((job, error))
+        finally:
+            self._feeder_ends()
+
+    def _feeder_ends(self) -> None:
+        with self._lock:
+            self._feeders -= 1
+        self._wake()
+
+    def _wait_for_room(self, window: Window | None) -> bool:
+        """Wait until a worker has room and the window is open; return False if no more tasks are wanted."""
+        with self._room:
+            while self._state != TERMINATE:
+                if window is not None and window.is_unwanted():
+                    return False
+                if not self._pending and any(worker.has_room() for worker in self._workers):
+                    if window is None or self._state == CLOSE:
+                        return True
+                    if window.is_open():
+                        window.fed += 1
+                        return True
+                self._feeders_waiting += 1
+                if window is not None:
+                    window.waited_for = True
+                try:
+                    self._room.wait()
+                finally:
+                    self._feeders_waiting -= 1
+            return False
+
+    def notify_feeders(self) -> None:
+        """Let feeders look again whether they may go on."""
+        with self._room:
+            self._room.notify_all()
+
+    # --- sending ---
+
+    def _reserve(self, task: Task) -> Worker | None:
+        """Find the worker of the least load, if one has room, and reserve a place for the task."""
+        best = None
+        for worker in self._workers:
+            if worker.has_room() and (best is None or worker.load < best.load):
+                best = worker
+        if best is not None:
+            best.reserve(task)
+        return best
+
+    def _send(self, worker: Worker, task: Task) -> None:
+        """Send a task to the worker that it is reserved for."""
+        try:
+            datagram = task.pack()
+            with self._lock:
+                if worker.dead:
+                    worker.unreserve(task)
+                    self._pending.appendleft(task)
+                    self._wake()
+                    return
+                worker.sending += 1
+                alone = len(worker.tasks) == 1
+            sent = False
+            try:
+                # Not with the lock, which the others want. One that has nothing to read takes any datagram.
+                sent = worker.channel.send_datagram(datagram, wait=alone)
+            finally:
+                with self._lock:
+                    worker.sending -= 1
+                    if sent:
+                        task.datagram = None
+                        if worker.left == 0:
+                            worker.leave()
+            if not sent:
+                with self._lock:
+                    worker.blocked = True
+                    worker.unreserve(task)
+                    self._pending.appendleft(task)
+        except Exception as error:
+            with self._lock:
+                worker.unreserve(task)
+            self._fail(task.job, task.index, error)
+
+    def _withdraw(self, task: Task) -> None:
+        """Forget a task whose submission was interrupted, if it was not sent yet."""
+        with self._lock:
+            with contextlib.suppress(ValueError):
+                self._pending.remove(task)
+            for worker in self._workers:
+                if task.tag in worker.tasks and task.datagram is not None:
+                    worker.unreserve(task)
+
+    def _dispatch(self) -> None:
+        """Give what is pending to workers with room, and to idle ones what others have not read yet."""
+        while True:
+            with self._lock:
+                if not self._pending or self._state == TERMINATE:
+                    break
+                worker = self._reserve(self._pending[0])
+                if worker is None:
+                    break
+                task = self._pending.popleft()
+            self._send(worker, task)
+        with self._lock:
+            self._balance()
+            if self._feeders_waiting and any(w.has_room() and w.load <= FULL // 2 for w in self._workers):
+                self._room.notify_all()
+
+    def _balance(self) -> None:
+        """Move tasks that have not been read yet to workers that have nothing to do."""
+
+        def unread(worker: Worker) -> int:
+            # One that is ready runs the first of its tasks.
+            return len(worker.tasks) - worker.ready
+
+        idle = [worker for worker in self._workers if not worker.tasks and worker.has_room()]
+        busy = [worker for worker in self._workers if unread(worker) > 0] if idle else []
+        busy.sort(key=unread)
+        while idle and busy:
+            task = self._take_back(busy[-1])
+            if task is None:
+                busy.pop()
+                continue
+            thief = idle.pop()
+            thief.reserve(task)
+            self._send(thief, task)
+            busy.sort(key=unread)
+
+    def _take_back(self, worker: Worker) -> Task | None:
+        """Take a task back that the worker has not read yet, if there is one."""
+        while (datagram := worker.take_back()) is not None:
+            if datagram.tag == ABOUT_WORKER:
+                if worker.leaving and not worker.dead:
+                    worker.leave()
+                return None
+            task = worker.tasks.get(datagram.tag)
+            if task is not None:  # else its submission was interrupted
+                worker.unreserve(task)
+                task.datagram = datagram
+                return task
+        return None
+
+    def _fail(self, job: int, index: int, error: BaseException) -> None:
+        self._failed.append((job, index, error))
+        self._wake()
+
+    def _wake(self) -> None:
+        with contextlib.suppress(OSError):  # over already
+            os.eventfd_write(self._wake_fd.fileno(), 1)
+
+    # --- the thread ---
+
+    def _run(self) -> None:
+        try:
+            while self._state != TERMINATE:
+                if self._state == CLOSE and not self.results and not self._feeders:
+                    self._state = PARTING
+                    with self._lock:
+                        for worker in self._workers:
+                            worker.leave()
+                if self._state == PARTING and not self._workers:
+                    break
+                self._turn()
+        except BaseException as error:  # not expected: but nobody may wait for ever
+            self._break(f"its scheduler failed: {error!r}", error)
+        finally:
+            self._end()
+
+    def _turn(self) -> None:
+        dead, ready = [], []
+        for fd, _ in self._poller.poll(_RETRY_INTERVAL * 1000 if self._is_short_of_workers() else None):
+            worker = self._by_fd.get(fd)
+            if worker is None:
+                with contextlib.suppress(BlockingIOError):
+                    os.eventfd_read(self._wake_fd.fileno())
+            elif fd == worker.death:
+                dead.append(worker)
+            else:
+                ready.append(worker)
+        self._receive(ready)
+        for worker in dead:
+            self._bury(worker)
+        while self._failed:
+            job, index, error = self._failed.popleft()
+            self._set(job, index, (False, error))
+        while self._broken_jobs:
+            job, error = self._broken_jobs.popleft()
+            self._abandon(job, error)
+        if self._is_short_of_workers():
+            self._replace_dead()
+        self._dispatch()
+
+    def _is_short_of_workers(self) -> bool:
+        return self._state in (RUN, CLOSE) and len(self._workers) < len(self.processes)
+
+    def _receive(self, workers: Iterable[Worker]) -> None:
+        """Take what workers have sent."""
+        # First all that is there, then what it means: each system call lets another thread run, and whom
+        # a result wakes would go to sleep again after that one.
+        received = []
+        for worker in workers:
+            with contextlib.suppress(BlockingIOError):
+                while True:
+                    received.append((worker, worker.channel.receive_datagram(wait=False)))
+        for worker, datagram in received:
+            task = worker.answered(datagram.tag)
+            if task is not None:
+                self._set(task.job, task.index, _open(datagram))
+            elif datagram.tag == ABOUT_WORKER:
+                if (outcome := _open(datagram)) is None:
+                    worker.ready = True
+                    self._failed_starts = 0
+                else:
+                    self._start_error = outcome[1]
+
+    def _set(self, job: int, index: int, outcome: tuple[bool, Any]) -> None:
+        result = self.results.get(job)
+        if result is not None:
+            try:
+                result._set(index, outcome)
+            except BaseException:  # of a callback of the user's: multiprocessing's pool hangs
+                self._callback_failed(result)
+
+    def _callback_failed(self, result: Any) -> None:
+        # As for a thread that ends by an error. What the callback kept from happening is made up for.
+        threading.excepthook(threading.ExceptHookArgs((*sys.exc_info(), threading.current_thread())))
+        result._event.set()
+        self.results.pop(result._job, None)
+        result._pool = None
+
+    def _abandon(self, job: int, error: BaseException) -> None:
+        """Let a whole result fail, whatever of it is still missing."""
+        result = self.results.get(job)
+        if isinstance(result, IMapIterator):
+            with result._cond:  # type: ignore[attr-defined]
+                missing = result._index + len(result._unsorted)  # type: ignore[attr-defined]
+                result._items.extend(result._unsorted.values())  # type: ignore[attr-defined]
+                result._unsorted.clear()  # type: ignore[attr-defined]
+                result._items.append((False, error))  # type: ignore[attr-defined]
+                result._index = result._length = missing + 1  # type: ignore[attr-defined]
+                result._cond.notify_all()  # type: ignore[attr-defined]
+            self.results.pop(job, None)
+        elif result is not None:
+            result._number_left = 1  # of a MapResult; others have no such number
+            self._set(job, 0, (False, error))
+
+    # --- workers ---
+
+    def _add_worker(self, index: int) -> None:
+        """Start the worker number `index`. Raises what starting a process raises."""
+        self._starting = worker = Worker(self._tasks_per_worker)
+        try:
+            process = worker.start(self._start, self._lifeline)
+        finally:
+            self._starting = None
+        with self._lock:
+            self._workers.append(worker)
+            self.processes[index : index + 1] = [process]
+        for fd in (worker.channel.fileno(), worker.death):
+            self._by_fd[fd] = worker
+            self._poller.register(fd, select.POLLIN)
+
+    def _replace_dead(self) -> None:
+        alive = {worker.process for worker in self._workers}
+        for index, process in enumerate(self.processes):
+            if process in alive:
+                continue
+            if self._failed_starts >= max(MAX_FAILED_STARTS, len(self.processes)):
+                reason = f"{self._failed_starts} workers in a row ended before they could take a task: "
+                self._break(reason + self._last_end, self._start_error)
+                return
+            try:
+                self._add_worker(index)
+            except Exception as error:
+                self._failed_starts += 1
+                self._last_end = f"the last one could not be started: {error!r}"
+                self._start_error = error
+                return  # the others go on; it is tried again soon
+
+    def _bury(self, worker: Worker) -> None:
+        """Settle what a dead worker leaves: its last results, the tasks it has not read, the one it was running."""
+        assert worker.process is not None
+        with self._lock:
+            worker.dead = True
+            if worker.sending:
+                return  # they will be through at once; its death is seen again
+        self._receive([worker])
+        for fd in (worker.channel.fileno(), worker.death):
+            self._poller.unregister(fd)
+            del self._by_fd[fd]
+        worker.process.join(GRACE)  # from the fork server the exit code comes a moment later
+        exitcode = worker.process.exitcode
+        if exitcode is None:
+            exitcode = 255  # nobody knows; as multiprocessing says of a lost fork server
+        with self._lock:
+            self._workers.remove(worker)
+            unread = []
+            while (task := self._take_back(worker)) is not None:
+                unread.append(task)
+            self._pending.extendleft(reversed(unread))
+            # One that is not sent is in the hands of its sender, who sees that the worker is dead.
+            lost = [task for task in worker.tasks.values() if task.datagram is None and task.message is None]
+        for task in lost:
+            self._set(task.job, task.index, (False, WorkerLostError(worker.pid, exitcode)))
+        if not worker.ready:
+            self._failed_starts += 1
+            self._last_end = f"the last one {describe_exit(exitcode)}"
+        worker.forget()
+
+    # --- the end ---
+
+    def close(self) -> None:
+        """Take no more tasks, and end when all are done."""
+        with self._lock:
+            if self._state == RUN:
+                self._state = CLOSE
+            self._room.notify_all()
+        self._wake()
+
+    def terminate(self) -> None:
+        """End now: within seconds, whatever the workers do. What is not done fails."""
+        with self._lock:
+            self._state = TERMINATE
+        self._wake()
+        if threading.current_thread() is not self._thread:
+            self._thread.join(5 * GRACE)
+        self._end()  # also while a callback of the user's keeps the thread
+
+    def join(self) -> None:
+        """Wait for the end."""
+        self._thread.join()
+
+    def _break(self, reason: str, cause: BaseException | None) -> None:
+        self.error = f"the pool is broken: {reason}", cause
+        with self._lock:
+            self._state = TERMINATE
+
+    def _end(self) -> None:
+        """Kill the workers, and fail what is not done. Once is enough, twice does no harm."""
+        with self._lock:
+            self._state = TERMINATE
+            self._room.notify_all()
+            workers, self._workers = self._workers, []
+        _kill(workers)
+        for job in list(self.results):
+            error = self.broken() or PoolError("the pool was terminated before the task was done")
+            self._abandon(job, error)
+        for worker in workers:
+            worker.forget()
+        self._lifeline.let_go()
+
+    def broken(self) -> PoolError | None:
+        """Return a new error that says why the pool is broken, if it is."""
+        if self.error is None:
+            return None
+        reason, cause = self.error
+        error = PoolError(reason)
+        error.__cause__ = cause
+        return error
+
+    def forget_parent(self) -> None:
+        """In a forked child: close what is the parent's."""
+        for worker in [*self._workers, self._starting]:
+            if worker is not None:
+                worker.forget()
+        self._lifeline.let_go()
+        self._wake_fd = OwnedFd(-1)
+
+
+# Those of this process, for a child of whatever fork.
+_schedulers: weakref.WeakSet[Scheduler] = weakref.WeakSet()
+
+
+def _after_fork_in_child() -> None:
+    for scheduler in list(_schedulers):
+        scheduler.forget_parent()
+    _schedulers.clear()
+
+
+os.register_at_fork(after_in_child=_after_fork_in_child)
+
+
+def _kill(workers: list[Worker]) -> None:
+    """Terminate workers, kill those that are still there after a while, and collect them."""
+    processes = [worker.process for worker in workers if worker.process is not None]
+    left = {worker.death for worker in workers}
+    deadline = time.monotonic() + GRACE
+    for end in (BaseProcess.terminate, BaseProcess.kill):
+        for process in processes:
+            if process.exitcode is None:
+                end(process)
+        while left and (ended := platform.poll(list(left), max(0.0, deadline - time.monotonic()))):
+            left -= ended
+    for process in processes:
+        process.join(GRACE)
+
+
+def _open(datagram: Datagram) -> Any:
+    """Return the outcome that a worker has sent; if that cannot be unpickled, the error as the outcome."""
+    try:
+        return datagram.open().object()
+    except BaseException as error:
+        error.add_note("It was raised while the result of a task of a pool was unpickled.")
+        return False, error
