@@ -20,6 +20,7 @@ from .context import default_context as _default
 from .context import get_context as get_context
 from .errors import HandleLostError as HandleLostError
 from .errors import MpMemoryError as MpMemoryError
+from .errors import PoolError as PoolError
 from .errors import SealedError as SealedError
 from .errors import WorkerLostError as WorkerLostError
 from .memory import Memory as Memory
