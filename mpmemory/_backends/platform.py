@@ -37,6 +37,9 @@ MSG_CMSG_CLOEXEC: int = getattr(socket, "MSG_CMSG_CLOEXEC", 0)
 #: Whether Unix sockets can have names that are in no folder, and go with the socket (unix(7)).
 ABSTRACT_SOCKETS = sys.platform == "linux"
 
+# What poll(2) waits at most, in milliseconds.
+_MAX_POLL = 2**31 - 1
+
 # How often a process is looked for where there are no pidfds, in seconds.
 _WATCH_INTERVAL = 0.2
 
@@ -205,7 +208,8 @@ def poll(fds: list[int], timeout: float | None) -> set[int]:
     poller = select.poll()
     for fd in fds:
         poller.register(fd, select.POLLIN)
-    return {fd for fd, _ in poller.poll(None if timeout is None else timeout * 1000)}
+    # poll(2) takes an int of milliseconds: no wait is longer than 24 days.
+    return {fd for fd, _ in poller.poll(None if timeout is None else min(timeout * 1000, _MAX_POLL))}
 
 
 # --- open file descriptions and their locks -------------------------------------------------------
