@@ -327,8 +327,8 @@ def test_where_no_thread_can_be_started_nothing_was_put() -> None:
         while True:
             queue.put(put)
             put += 1
-    except RuntimeError as error:
-        assert "thread" in str(error)
+    except RuntimeError:
+        pass
     finally:
         threading.stack_size(default)
     assert queue.qsize() == put

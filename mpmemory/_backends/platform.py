@@ -16,7 +16,6 @@ import shutil
 import socket
 import struct
 import sys
-import tempfile
 import time
 from types import TracebackType
 from typing import Self
@@ -251,31 +250,40 @@ def seal_size(fd: int) -> None:
 
 @functools.cache
 def can_lease() -> bool:
-    """Return whether there are OFD locks, and a /proc to open descriptions anew."""
+    """Return whether there are OFD locks, and a /proc to open descriptions anew. Raises OSError (EMFILE)."""
     if sys.platform != "linux":
         return False
-    with tempfile.TemporaryFile() as file:
-        try:
-            fd = reopen(file.fileno())
-        except OSError:
-            return False
-        try:
-            share_lock(fd)
-            return not is_unshared(file.fileno())
-        except OSError:
-            return False
-        finally:
+    from . import chosen  # imported late: the backends are above this module
+
+    probe = chosen().create("mpmemory-probe")
+    fd = -1
+    try:
+        fd = reopen(probe)
+        share_lock(fd)
+        return not is_unshared(probe)
+    except OSError as error:
+        if error.errno in {errno.EMFILE, errno.ENFILE}:  # that says nothing about the system
+            raise
+        return False
+    finally:
+        os.close(probe)
+        if fd >= 0:
             os.close(fd)
 
 
 @functools.cache
 def messages_work() -> bool:
-    """Return whether all is there that our connections and queues need: SEQPACKET, eventfds, leases."""
+    """Return whether all is there that our connections and queues need: SEQPACKET, eventfds, leases.
+
+    Raises OSError (EMFILE).
+    """
     if not hasattr(socket, "SOCK_SEQPACKET") or not hasattr(os, "eventfd"):
         return False
     try:
         left, right = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    except OSError:
+    except OSError as error:
+        if error.errno in {errno.EMFILE, errno.ENFILE}:
+            raise
         return False
     left.close()
     right.close()
