@@ -198,6 +198,7 @@ class Queue(Shareable):
 
     def _post(self, message: Message) -> None:
         with self._changed:
+            self._check_open()  # again: close() may have come meanwhile
             if not self._unsent and self._writer.send_message(message, wait=False):
                 return
             message.detach()

@@ -454,3 +454,22 @@ def test_what_cannot_be_received_gives_its_place_back(run_python: Any) -> None:
         "queue.put('next', timeout=20)\n"
         "assert queue.get() == 'next'\n"
     )
+
+
+class Closing:
+    """Closes a queue when it is pickled."""
+
+    def __init__(self, queue: queues.Queue) -> None:
+        self.queue = queue
+
+    def __reduce__(self) -> Any:
+        self.queue.close()
+        return int, ()
+
+
+def test_close_in_the_middle_of_put() -> None:
+    queue = queues.Queue(1)
+    with pytest.raises(ValueError, match="is closed"):
+        queue.put(Closing(queue))
+    assert queue.qsize() == 0
+    queue.join_thread()
