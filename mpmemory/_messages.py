@@ -143,7 +143,11 @@ class Message:
         """Send it, and return True; False if not `wait` and the socket's buffer is full. Raises OSError."""
         if self._length <= INLINE_MAX and not self._buffers:
             header = _HEADER.pack(_MAGIC, self._kind, len(self._fds), self._length, 0)
-            return _send(sock, b"".join((header, *self._pieces)), self._fds, wait)
+            try:
+                return _send(sock, b"".join((header, *self._pieces)), self._fds, wait)
+            except OSError as error:
+                if error.errno != errno.EMSGSIZE:  # the socket's buffer is smaller than this message
+                    raise
         parts, size = self._layout()
         segment = _segments.warm.take(size)
         try:

@@ -662,3 +662,14 @@ def test_foreign_descriptors_are_an_error_of_that_message_only(kind: str, header
             right.recv()
     assert error.value.errno == errno.EBADMSG
     assert right.recv() == "next"
+
+
+def test_a_small_socket_buffer_takes_what_a_large_one_takes(pipe: Any) -> None:
+    left, right = pipe
+    with socket.socket(fileno=os.dup(left.fileno())) as sock:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1)  # the kernel makes it some 4 KB
+    for size in (0, 1000, INLINE_MAX - 100, INLINE_MAX + 1):
+        left.send("x" * size)
+        assert right.recv() == "x" * size
+        left.send_bytes(b"x" * size)
+        assert right.recv_bytes() == b"x" * size
