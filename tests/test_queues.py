@@ -415,6 +415,7 @@ OUT_OF_DESCRIPTORS = (
     "import errno, os, resource, numpy as np\n"
     "from mpmemory import Memory\n"
     "from mpmemory.queues import Empty, Queue\n"
+    "Memory(1)  # a backend may import something\n"
     "resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))\n"
     "def fill():\n"
     "    fds = []\n"
