@@ -147,9 +147,12 @@ class Message:
         self._pieces = [bytes(piece) for piece in self._pieces]
         self._buffers = [_copy(buffer) for buffer in self._buffers]
 
-    def pack(self, tag: int = 0) -> Datagram:
-        """Return what is to be sent; big payloads are copied into a segment now. Raises OSError."""
-        if not self.is_big:
+    def pack(self, tag: int = 0, *, inline: bool = True) -> Datagram:
+        """Return what is to be sent; big payloads, or any if not `inline`, are copied into a segment now.
+
+        Raises OSError.
+        """
+        if inline and not self.is_big:
             header = _HEADER.pack(_MAGIC, self._kind, len(self._fds), tag, self.length, 0)
             return Datagram(b"".join((header, *self._pieces)), self._fds)
         parts, size = self._layout()
@@ -205,7 +208,8 @@ class Datagram:
         try:
             data, numbers, truncated = recv_message(sock, _HEADER.size + INLINE_MAX, 0 if wait else _DONTWAIT)
         except ConnectionResetError:
-            raise EOFError("the peer is gone") from None
+            # The peer went without reading all of ours. The kernel says so once, ahead of what the peer had sent.
+            data, numbers, truncated = recv_message(sock, _HEADER.size + INLINE_MAX, 0 if wait else _DONTWAIT)
         if not data and not numbers:
             raise EOFError("the peer is gone")
         return cls(data, [OwnedFd(number) for number in numbers], truncated)
@@ -282,7 +286,7 @@ class Received:
 def _open_segment(fd: OwnedFd, length: int, count: int) -> tuple[memoryview, list[Any]]:
     size = os.fstat(fd.fileno()).st_size
     start = _align(_ENTRY.size * count)
-    if start + length > size:
+    if start + length > size or not size:  # a pipe or a device has no size, and opening it may do anything
         raise _bad(f"a segment of {size} bytes, of which {start + length} are used")
     keep = Lease.is_within_budget()
     lease = Lease(fd)
@@ -305,40 +309,58 @@ def _recv_waiting(ends: list[OwnedFd], count: int) -> list[OwnedFd]:
     """Receive `count` descriptors that wait in a socket pair, whose other end is closed; `ends` has the one end."""
     fds: list[OwnedFd] = []
     if len(ends) == 1 and count > MAX_FDS:
-        with borrow_socket(ends[0].fileno()) as sock:
-            while len(fds) < count:
-                data, numbers = recv_fds(sock, 1)
-                fds += [OwnedFd(number) for number in numbers]
-                if not data:
-                    break
+        try:
+            with borrow_socket(ends[0].fileno()) as sock:
+                numbers = [-1]
+                while numbers and len(fds) < count:
+                    # Never wait: all of them were there before this end was sent.
+                    _, numbers = recv_fds(sock, 1, socket.MSG_DONTWAIT)
+                    fds += [OwnedFd(number) for number in numbers]
+        except OSError as error:
+            if error.errno == errno.EMFILE:
+                raise
+            # Otherwise it is no socket, or it has fewer.
     if len(fds) != count:
         raise _bad(f"{len(fds) or len(ends)} descriptors instead of {count}")
     return fds
 
 
 def _send(sock: socket.socket, datagram: bytes, fds: Sequence[OwnedFd], wait: bool) -> bool:
-    if len(fds) > MAX_FDS:
-        here, there = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        with here:
-            end = OwnedFd(there.detach())
-            for first in range(0, len(fds), MAX_FDS):
-                _send(here, b"\0", fds[first : first + MAX_FDS], wait)
-        fds = [end]
     flags = 0 if wait else _DONTWAIT
     while True:
         try:
-            if fds:
-                send_fds(sock, datagram, [fd.fileno() for fd in fds], flags)
+            carried = fds if len(fds) <= MAX_FDS else [_line_up(fds)]
+            if carried:
+                send_fds(sock, datagram, [fd.fileno() for fd in carried], flags)
             else:
                 sock.send(datagram, flags)
             return True
         except BlockingIOError:
+            if wait:  # somebody has made the descriptor non-blocking
+                raise
             return False
         except OSError as error:
             # unix(7): this user has more descriptors under way than a process may have open. They will be received.
             if error.errno != errno.ETOOMANYREFS:
                 raise
+        if not wait:
+            return False
+        carried = ()  # none of ours is under way meanwhile: two senders would wait for each other
         time.sleep(_RETRY_INTERVAL)
+
+
+def _line_up(fds: Sequence[OwnedFd]) -> OwnedFd:
+    """Return one end of a socket pair in which `fds` wait. Raises OSError."""
+    here, there = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with here:
+        end = OwnedFd(there.detach())
+        for first in range(0, len(fds), MAX_FDS):
+            numbers = [fd.fileno() for fd in fds[first : first + MAX_FDS]]
+            try:
+                send_fds(here, b"\0", numbers, socket.MSG_DONTWAIT)
+            except BlockingIOError:  # for ever: nobody reads yet
+                raise OSError(errno.EMSGSIZE, f"cannot send {len(fds)} descriptors in one message") from None
+    return end
 
 
 def _align(offset: int) -> int:

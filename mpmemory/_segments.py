@@ -93,6 +93,10 @@ class Warm:
     """What this process keeps warm for the next message: segments to send in, mappings of those received."""
 
     def __init__(self) -> None:
+        self.start_anew()
+
+    def start_anew(self) -> None:
+        """Begin with nothing: also in a forked child, which closes its copies of what is the parent's."""
         self._condition = threading.Condition()
         self._segments: dict[int, list[Segment]] = {}  # by size
         self._mappings: dict[tuple[int, int], tuple[mmap.mmap, float]] = {}  # by identity; with the last use
@@ -102,10 +106,15 @@ class Warm:
         """Return a segment of at least `size` bytes that nobody uses; give it back when it is sent."""
         size = max(MIN_SIZE, 1 << (size - 1).bit_length())
         with self._condition:
-            free = self._segments.get(size, [])
-            for index, segment in enumerate(free):
-                if platform.is_unshared(segment.fd.fileno()):
-                    return free.pop(index)
+            # All are out of reach meanwhile: a signal handler that sends now must not take the one we are looking at.
+            free = self._segments.pop(size, [])
+            try:
+                for index, segment in enumerate(free):
+                    if platform.is_unshared(segment.fd.fileno()):
+                        return free.pop(index)
+            finally:
+                if free:
+                    self._segments.setdefault(size, []).extend(free)
         return Segment(size)
 
     def give_back(self, segment: Segment) -> None:
@@ -159,13 +168,8 @@ class Warm:
 warm = Warm()
 
 
-def _after_fork_in_child() -> None:
-    # The descriptions of the segments are the parent's as well: the child closes its copies, and starts with none.
-    global warm
-    warm = Warm()
-
-
-os.register_at_fork(after_in_child=_after_fork_in_child)
+# Not another Warm: the frame of the reaper, which is no thread of the child, would hold this one for ever.
+os.register_at_fork(after_in_child=warm.start_anew)
 
 
 class Lease:

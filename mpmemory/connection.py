@@ -7,6 +7,7 @@ middle leaves nothing locked and nothing half.
 
 from __future__ import annotations
 
+import errno
 import operator
 import os
 import socket
@@ -113,7 +114,13 @@ class Connection(Shareable):
 
     def send_message(self, message: Message, *, wait: bool = True) -> bool:
         """Send what was pickled before; False if not `wait`, and there is too much to read for the other side."""
-        return self.send_datagram(message.pack(), wait=wait)
+        try:
+            return self.send_datagram(message.pack(), wait=wait)
+        except OSError as error:
+            if error.errno != errno.EMSGSIZE or message.is_big:
+                raise
+        # The socket's buffer is smaller than this message.
+        return self.send_datagram(message.pack(inline=False), wait=wait)
 
     def send_datagram(self, datagram: Datagram, *, wait: bool = True) -> bool:
         """Send what was packed before; see `Datagram.send`."""

@@ -22,8 +22,9 @@ from typing import Any, Self
 
 from ._backends import platform
 from ._fds import LostFd, OwnedFd
-from ._messages import Message
+from ._messages import Message, Received
 from .connection import Connection, Pipe
+from .errors import HandleLostError
 from .reduction import Shareable, share_fd
 
 # More than anybody puts: what a queue without maxsize counts down from.
@@ -32,6 +33,10 @@ _UNBOUNDED = 2**31 - 1
 # How often join() looks again, in seconds: a process that is killed between counting down to zero and
 # saying so wakes nobody.
 _JOIN_INTERVAL = 1.0
+
+# Out of descriptors: what waits to be sent goes on waiting, and is tried again so often, in seconds.
+_NO_DESCRIPTOR = {errno.EMFILE, errno.ENFILE}
+_RETRY_INTERVAL = 0.02
 
 
 class SimpleQueue(Shareable):
@@ -163,16 +168,17 @@ class Queue(Shareable):
         self._maxsize = maxsize
         self._places = places
         self._closed = False
-        self._join_cancelled = False
         self._start_anew()
         _queues.add(self)
 
     def _start_anew(self) -> None:
         """Begin with nothing to send: also in a forked child, for what was put before is the parent's to send."""
-        self._changed = threading.Lock()
+        # Re-entrant: a signal handler, or what the garbage collector finalizes, may put something in the middle.
+        self._changed = threading.RLock()
         self._unsent: deque[Message] = deque()
         self._sender: threading.Thread | None = None
         self._sender_joiner: util.Finalize | None = None
+        self._join_cancelled = False
 
     def put(self, obj: object, block: bool = True, timeout: float | None = None) -> None:
         """Put an object into the queue.
@@ -192,13 +198,19 @@ class Queue(Shareable):
 
     def _post(self, message: Message) -> None:
         with self._changed:
+            self._check_open()  # again: close() may have come meanwhile
             if not self._unsent and self._writer.send_message(message, wait=False):
                 return
             message.detach()
             self._unsent.append(message)
             if self._sender is None:
                 self._sender = threading.Thread(target=self._send_unsent, name="mpmemory-queue", daemon=True)
-                self._sender.start()
+                try:
+                    self._sender.start()
+                except RuntimeError:  # no thread can be started
+                    self._sender = None
+                    self._unsent.remove(message)
+                    raise
                 self._arrange_exit()
 
     def _send_unsent(self) -> None:
@@ -210,16 +222,23 @@ class Queue(Shareable):
                 message = self._unsent[0]
             try:
                 self._writer.send_message(message)
-            except OSError as error:
-                # Nobody can read any more, or this process has closed its end: what is left cannot be sent.
+            except BrokenPipeError:  # nobody can read any more
                 with self._changed:
                     self._unsent.clear()
                     self._end_sender()
-                if not isinstance(error, BrokenPipeError):
-                    print(f"mpmemory: cannot send what was put into a queue: {error}", file=sys.stderr)
                 return
+            except Exception as error:
+                if isinstance(error, OSError) and error.errno in _NO_DESCRIPTOR and not util.is_exiting():
+                    time.sleep(_RETRY_INTERVAL)
+                    continue
+                print(f"mpmemory: cannot send what was put into a queue: {error}", file=sys.stderr)
+                self._give_back_place()
             with self._changed:
                 self._unsent.popleft()
+
+    def _give_back_place(self) -> None:
+        """Make up for a message that nobody will get."""
+        self._places.add()
 
     def _end_sender(self) -> None:
         self._sender = None
@@ -241,12 +260,13 @@ class Queue(Shareable):
     def get(self, block: bool = True, timeout: float | None = None) -> Any:
         """Return an object, as soon as there is one.
 
-        Raises `queue.Empty` if there is none now, or within `timeout` seconds; what unpickling raises (the
-        object is gone then); ValueError if the queue was closed; EOFError if nobody can put any more.
+        Raises `queue.Empty` if there is none now, or within `timeout` seconds; what unpickling raises, or OSError
+        (EMFILE) if no descriptor is left for what it carries (the object is gone then); ValueError if the queue
+        was closed; EOFError if nobody can put any more.
         """
         self._check_open()
         if block and timeout is None:
-            received = self._reader.receive()
+            received = self._receive(wait=True)
         else:
             deadline = _deadline(block, timeout)
             assert deadline is not None
@@ -255,10 +275,20 @@ class Queue(Shareable):
                 if not self._reader.poll(max(0.0, deadline - time.monotonic())):
                     raise Empty
                 with contextlib.suppress(BlockingIOError):
-                    received = self._reader.receive(wait=False)
+                    received = self._receive(wait=False)
                     break
         self._places.add()
         return received.object()
+
+    def _receive(self, *, wait: bool) -> Received:
+        try:
+            return self._reader.receive(wait=wait)
+        except HandleLostError:
+            raise
+        except OSError as error:
+            if error.errno in {*_NO_DESCRIPTOR, errno.ENOMEM}:
+                self._places.add()  # it could not be received, but has left the queue all the same
+            raise
 
     def put_nowait(self, obj: object) -> None:
         """`put(obj, False)`."""
@@ -292,13 +322,13 @@ class Queue(Shareable):
         """Wait until all that this process has put is sent. Only after `close`, otherwise AssertionError."""
         assert self._closed, f"Queue {self!r} not closed"
         sender = self._sender
-        if sender is not None:
+        if sender is not None and not self._join_cancelled:
             sender.join()
         if self._sender_joiner is not None:
             self._sender_joiner.cancel()
 
     def cancel_join_thread(self) -> None:
-        """Do not wait at exit until all is sent: what is left then is lost."""
+        """Wait neither at exit nor in `join_thread` until all is sent: what is left at exit is lost."""
         self._join_cancelled = True
         if self._sender_joiner is not None:
             self._sender_joiner.cancel()
@@ -364,6 +394,10 @@ class JoinableQueue(Queue):
         except BaseException:
             self._unfinished.take(0.0)
             raise
+
+    def _give_back_place(self) -> None:
+        super()._give_back_place()
+        self.task_done()
 
     def task_done(self) -> None:
         """Say that an object from `get` is done. Raises ValueError if this was said more often than `put`."""

@@ -602,3 +602,74 @@ def test_echo_by_a_child(method: str) -> None:
         left.send(None)
         child.join()
         assert child.exitcode == 0
+
+
+# --- what a review found ---
+
+
+def test_what_was_sent_before_the_peer_went_arrives_though_it_left_messages_unread() -> None:
+    left, right = Pipe()
+    with left:
+        left.send("unread")
+        right.send("first")
+        right.send("last")
+        right.close()
+        assert (left.recv(), left.recv()) == ("first", "last")
+        with pytest.raises(EOFError):
+            left.recv()
+
+
+def test_a_descriptor_made_non_blocking_loses_nothing(pipe: Any) -> None:
+    """As the stock connection does, ours says so when it cannot wait."""
+    left, right = pipe
+    os.set_blocking(left.fileno(), False)
+    sent = 0
+    with contextlib.suppress(BlockingIOError):
+        while True:
+            left.send(sent)
+            sent += 1
+    assert [right.recv() for _ in range(sent)] == list(range(sent))
+
+
+def send_with_one_fd(conn: Connection, datagram: bytes, fd: int) -> None:
+    with socket.socket(fileno=os.dup(conn.fileno())) as sock:
+        socket.send_fds(sock, [datagram], [fd])
+
+
+@pytest.mark.parametrize("kind", ["a pipe", "a socket that waits", "a listening socket", "empty memory", "/dev/zero"])
+@pytest.mark.parametrize("header", [HEADER.pack(b"mM", 3, 1, 0, 0, 0), HEADER.pack(b"mM", 1, 500, 0, 0, 0)])
+def test_foreign_descriptors_are_an_error_of_that_message_only(kind: str, header: bytes, pipe: Any) -> None:
+    left, right = pipe
+    with contextlib.ExitStack() as stack:
+        if kind == "a pipe":
+            fd, other = os.pipe()
+            stack.callback(os.close, fd)
+            stack.callback(os.close, other)
+        elif kind == "a socket that waits":
+            here, _other = (stack.enter_context(each) for each in socket.socketpair())
+            fd = here.fileno()
+        elif kind == "a listening socket":
+            server = stack.enter_context(socket.create_server(("127.0.0.1", 0)))
+            fd = server.fileno()
+        elif kind == "empty memory":
+            fd = stack.enter_context(Memory(0)).fileno()
+        else:
+            fd = os.open("/dev/zero", os.O_RDWR)
+            stack.callback(os.close, fd)
+        send_with_one_fd(left, header, fd)
+        left.send("next")
+        with pytest.raises(OSError, match="expected a message of mpmemory") as error:
+            right.recv()
+    assert error.value.errno == errno.EBADMSG
+    assert right.recv() == "next"
+
+
+def test_a_small_socket_buffer_takes_what_a_large_one_takes(pipe: Any) -> None:
+    left, right = pipe
+    with socket.socket(fileno=os.dup(left.fileno())) as sock:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1)  # the kernel makes it some 4 KB
+    for size in (0, 1000, INLINE_MAX - 100, INLINE_MAX + 1):
+        left.send("x" * size)
+        assert right.recv() == "x" * size
+        left.send_bytes(b"x" * size)
+        assert right.recv_bytes() == b"x" * size

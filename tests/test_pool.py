@@ -345,12 +345,12 @@ def test_results_that_do_not_pickle_or_unpickle(ctx: Any) -> None:
 
 
 def test_imap_reads_no_further_than_its_buffer() -> None:
-    read = 0
+    read: list[int] = []
 
     def numbers() -> Iterator[int]:
-        nonlocal read
-        for read in itertools.count(1):
-            yield read
+        for number in itertools.count(1):
+            read.append(number)
+            yield number
 
     with mpmemory.Pool(2) as pool:
         for imap in (pool.imap, pool.imap_unordered):

@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import pickle
 import signal
+import sys
 import threading
 from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
@@ -312,4 +313,164 @@ def test_a_raw_fork_sends_only_what_it_put_itself() -> None:
     assert queue.empty()
     assert [each for each in found if each != "by the child"] == list(range(1000))
     queue.close()
+    queue.join_thread()
+
+
+# --- what a review found ---
+
+
+def test_where_no_thread_can_be_started_nothing_was_put() -> None:
+    queue = queues.Queue()
+    put = 0
+    default = threading.stack_size(1 << 46)  # more than there is address space
+    try:
+        while True:
+            queue.put(put)
+            put += 1
+    except RuntimeError:
+        pass
+    finally:
+        threading.stack_size(default)
+    assert queue.qsize() == put
+    queue.put("next")
+    assert [queue.get() for _ in range(put + 1)] == [*range(put), "next"]
+    queue.close()
+    queue.join_thread()
+
+
+def test_put_in_the_middle_of_put() -> None:
+    """As a signal handler may, or a finalizer that the garbage collector runs."""
+    queue = queues.Queue()
+
+    def interrupt(frame: Any, event: str, _: object) -> None:
+        if event == "call" and frame.f_code.co_name == "send_message":
+            sys.setprofile(None)
+            queue.put("inner")
+
+    sys.setprofile(interrupt)
+    try:
+        queue.put("outer")
+    finally:
+        sys.setprofile(None)
+    assert {queue.get(), queue.get()} == {"inner", "outer"}
+    queue.close()
+
+
+def test_join_thread_does_not_wait_if_that_was_cancelled() -> None:
+    queue = queues.Queue()
+    for number in range(1000):
+        queue.put(number)
+    sender = queue._sender
+    assert sender
+    reader = os.dup(queue._reader.fileno())  # as another process has it
+    queue.cancel_join_thread()
+    queue.close()
+    queue.join_thread()
+    assert sender.is_alive()
+    os.close(reader)
+    sender.join()
+
+
+def test_cancel_join_thread_is_of_one_process() -> None:
+    ctx = get_context("fork")
+    queue = ctx.Queue()
+    queue.cancel_join_thread()
+    child = ctx.Process(target=put_many_and_leave, args=(queue,))
+    child.start()
+    assert [queue.get(timeout=20)[0] for _ in range(2000)] == list(range(2000))
+    child.join()
+
+
+def test_a_time_limit_of_years() -> None:
+    queue = queues.Queue(1)
+    queue.put(1)
+    getter = threading.Thread(target=queue.get)
+    thread = threading.Thread(target=queue.put, args=(2, True, threading.TIMEOUT_MAX))
+    thread.start()
+    getter.start()
+    thread.join()
+    getter.join()
+    assert queue.get(timeout=20) == 2
+    queue.close()
+
+
+def test_a_message_that_cannot_be_sent_stops_no_other(run_python: Any) -> None:
+    done = run_python(
+        "import resource, numpy as np\n"
+        "from mpmemory.queues import JoinableQueue\n"
+        "queue = JoinableQueue(1003)\n"
+        "for number in range(1000): queue.put(number)\n"
+        "queue.put(np.zeros(1_000_000)); queue.put('next')\n"
+        "assert len(queue._unsent) > 2\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, -1))\n"
+        "assert [queue.get(timeout=20) for _ in range(1001)] == [*range(1000), 'next']\n"
+        "assert queue.qsize() == 0\n"
+        "for _ in range(1001): queue.task_done()\n"
+        "queue.join()\n"
+    )
+    assert "cannot have a segment of 8388608 bytes" in done.stderr
+
+
+OUT_OF_DESCRIPTORS = (
+    "import errno, os, resource, numpy as np\n"
+    "from mpmemory import Memory\n"
+    "from mpmemory.queues import Empty, Queue\n"
+    "Memory(1)  # a backend may import something\n"
+    "resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))\n"
+    "def fill():\n"
+    "    fds = []\n"
+    "    try:\n"
+    "        while True: fds.append(os.dup(0))\n"
+    "    except OSError: return fds\n"
+)
+
+
+def test_what_waits_to_be_sent_waits_for_descriptors(run_python: Any) -> None:
+    run_python(
+        OUT_OF_DESCRIPTORS + "queue = Queue()\n"
+        "for number in range(1000): queue.put(number)\n"
+        "queue.put(np.ones(100_000)); queue.put('next')\n"
+        "fds = fill()\n"
+        "assert [queue.get() for _ in range(1000)] == list(range(1000))\n"
+        "try: queue.get(timeout=0.2)\n"
+        "except Empty: pass\n"
+        "for fd in fds: os.close(fd)\n"
+        "assert queue.get(timeout=20).sum() == 100_000 and queue.get(timeout=20) == 'next'\n"
+        "queue.close(); queue.join_thread()\n"
+    )
+
+
+def test_what_cannot_be_received_gives_its_place_back(run_python: Any) -> None:
+    run_python(
+        OUT_OF_DESCRIPTORS + "queue = Queue(1)\n"
+        "for obj in (Memory(1), np.zeros(100_000)):\n"
+        "  for wait in (True, False):\n"
+        "    queue.put(obj, timeout=20)\n"
+        "    fds = fill()\n"
+        "    try: queue.get(wait)\n"
+        "    except OSError as error: assert error.errno == errno.EMFILE\n"
+        "    else: raise SystemExit('no error')\n"
+        "    for fd in fds: os.close(fd)\n"
+        "    assert queue.qsize() == 0\n"
+        "queue.put('next', timeout=20)\n"
+        "assert queue.get() == 'next'\n"
+    )
+
+
+class Closing:
+    """Closes a queue when it is pickled."""
+
+    def __init__(self, queue: queues.Queue) -> None:
+        self.queue = queue
+
+    def __reduce__(self) -> Any:
+        self.queue.close()
+        return int, ()
+
+
+def test_close_in_the_middle_of_put() -> None:
+    queue = queues.Queue(1)
+    with pytest.raises(ValueError, match="is closed"):
+        queue.put(Closing(queue))
+    assert queue.qsize() == 0
     queue.join_thread()

@@ -17,7 +17,6 @@ import signal
 import socket
 import struct
 import sys
-import tempfile
 import time
 from types import TracebackType
 from typing import Self
@@ -39,6 +38,9 @@ MSG_CMSG_CLOEXEC = int(
 
 #: Whether Unix sockets can have names that are in no folder, and go with the socket (unix(7)).
 ABSTRACT_SOCKETS = sys.platform == "linux"
+
+# What poll(2) waits at most, in milliseconds.
+_MAX_POLL = 2**31 - 1
 
 # How often a process is looked for where there are no pidfds, in seconds.
 _WATCH_INTERVAL = 0.2
@@ -216,7 +218,8 @@ def poll(fds: list[int], timeout: float | None) -> set[int]:
     poller = select.poll()
     for fd in fds:
         poller.register(fd, select.POLLIN)
-    return {fd for fd, _ in poller.poll(None if timeout is None else timeout * 1000)}
+    # poll(2) takes an int of milliseconds: no wait is longer than 24 days.
+    return {fd for fd, _ in poller.poll(None if timeout is None else min(timeout * 1000, _MAX_POLL))}
 
 
 def kill_at_hangup(fd: int) -> None:
@@ -272,31 +275,40 @@ def seal_size(fd: int) -> None:
 
 @functools.cache
 def can_lease() -> bool:
-    """Return whether there are OFD locks, and a /proc to open descriptions anew."""
+    """Return whether there are OFD locks, and a /proc to open descriptions anew. Raises OSError (EMFILE)."""
     if sys.platform != "linux":
         return False
-    with tempfile.TemporaryFile() as file:
-        try:
-            fd = reopen(file.fileno())
-        except OSError:
-            return False
-        try:
-            share_lock(fd)
-            return not is_unshared(file.fileno())
-        except OSError:
-            return False
-        finally:
+    from . import chosen  # imported late: the backends are above this module
+
+    probe = chosen().create("mpmemory-probe")
+    fd = -1
+    try:
+        fd = reopen(probe)
+        share_lock(fd)
+        return not is_unshared(probe)
+    except OSError as error:
+        if error.errno in {errno.EMFILE, errno.ENFILE}:  # that says nothing about the system
+            raise
+        return False
+    finally:
+        os.close(probe)
+        if fd >= 0:
             os.close(fd)
 
 
 @functools.cache
 def messages_work() -> bool:
-    """Return whether all is there that our connections and queues need: SEQPACKET, eventfds, leases."""
+    """Return whether all is there that our connections and queues need: SEQPACKET, eventfds, leases.
+
+    Raises OSError (EMFILE).
+    """
     if not hasattr(socket, "SOCK_SEQPACKET") or not hasattr(os, "eventfd"):
         return False
     try:
         left, right = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    except OSError:
+    except OSError as error:
+        if error.errno in {errno.EMFILE, errno.ENFILE}:
+            raise
         return False
     left.close()
     right.close()
