@@ -18,7 +18,8 @@ from typing import Any
 import pytest
 
 import mpmemory
-from mpmemory import HandleLostError, Memory, _backends, _sharer
+from mpmemory import HandleLostError, Memory, _backends, _segments, _sharer
+from mpmemory.connection import Pipe
 
 START_METHODS = ["fork", "forkserver", "spawn"]
 BACKENDS = [name for name, backend in _backends.BACKENDS.items() if backend.available()]
@@ -66,6 +67,12 @@ def assert_lost(handle: Memory, message: str) -> None:
     assert handle.closed
 
 
+def join_reaper() -> None:
+    reaper = _segments.warm._reaper
+    if reaper is not None:
+        reaper.join()
+
+
 @pytest.fixture(autouse=True)
 def _leaves_nothing() -> Iterator[None]:
     # What multiprocessing starts once and keeps, so that no test seems to leak it.
@@ -76,6 +83,8 @@ def _leaves_nothing() -> Iterator[None]:
     yield
     _sharer._sharer.stop(timeout=10)
     gc.collect()
+    _segments.warm.release(float("inf"))
+    join_reaper()
     assert multiprocessing.active_children() == []
     leaked = {fd: what for fd, what in open_fds().items() if fds.get(fd) != what}
     assert leaked == {}
@@ -99,6 +108,13 @@ def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
 def ctx(request: pytest.FixtureRequest) -> mpmemory.context.ForkContext:
     """Run the test with each start method, in a context of ours."""
     return mpmemory.get_context(request.param)
+
+
+@pytest.fixture
+def pipe() -> Any:
+    left, right = Pipe()
+    with left, right:
+        yield left, right
 
 
 @pytest.fixture
