@@ -146,14 +146,6 @@ def test_overlapping_and_repeated_arrays(pipe: Any) -> None:
     assert (third == first[::-1]).all()
 
 
-def test_pandas_frames_cross_without_a_copy(pipe: Any) -> None:
-    pandas = pytest.importorskip("pandas")
-    left, right = pipe
-    frame = pandas.DataFrame({"a": np.arange(100_000), "b": np.ones(100_000)})
-    left.send(frame)
-    assert right.recv().equals(frame)
-
-
 def test_handles_and_buffers(pipe: Any) -> None:
     left, right = pipe
     memory = Memory(10, name="parcel")
