@@ -67,6 +67,13 @@ def assert_lost(handle: Memory, message: str) -> None:
     assert handle.closed
 
 
+def skip_unless_available(nbytes: int) -> None:
+    match = re.search(r"^MemAvailable: +(\d+) kB", Path("/proc/meminfo").read_text(), re.MULTILINE)
+    assert match
+    if int(match[1]) * 1024 < nbytes:
+        pytest.skip(f"needs {nbytes >> 30} GB of memory")
+
+
 def join_reaper() -> None:
     reaper = _segments.warm._reaper
     if reaper is not None:

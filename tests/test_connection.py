@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import START_METHODS, open_fds
+from conftest import START_METHODS, open_fds, skip_unless_available
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -107,11 +107,28 @@ def test_bytes(size: int, offset: int) -> None:
 
 
 @pytest.mark.xdist_group("shared memory of the machine")
-def test_a_gigabyte(pipe: Any) -> None:
+@pytest.mark.parametrize("kind", ["bytes", "str"])
+def test_a_gigabyte(kind: str, pipe: Any) -> None:
+    skip_unless_available(6 << 30)
     left, right = pipe
-    data = b"x" * (1 << 30)
+    data = b"x" * (1 << 30) if kind == "bytes" else "x" * (1 << 30)
     left.send(data)
     assert right.recv() == data
+
+
+@pytest.mark.xdist_group("shared memory of the machine")
+def test_more_than_four_gigabytes(pipe: Any) -> None:
+    skip_unless_available(8 << 30)
+    left, right = pipe
+    size = 9 << 29
+    array = np.zeros(size, "u1")  # costs no memory
+    marks = [0, 1, (1 << 31) - 1, 1 << 31, (1 << 32) - 1, 1 << 32, size - 1]
+    array[marks] = range(1, len(marks) + 1)
+    left.send(["before", array, array[-70_000:]])
+    before, found, end = right.recv()
+    assert (before, found.shape, found[marks].tolist()) == ("before", (size,), list(range(1, len(marks) + 1)))
+    assert np.count_nonzero(found[:: 1 << 12]) == 3
+    assert (end == array[-70_000:]).all()
 
 
 def test_arrays_arrive_writable_or_readonly_as_they_were(pipe: Any) -> None:
