@@ -1,0 +1,101 @@
+"""Queues whose users are killed, or have no descriptors left."""
+
+from __future__ import annotations
+
+import contextlib
+import random
+import signal
+from collections import Counter
+from multiprocessing.connection import wait
+from queue import Full
+from typing import Any
+
+import numpy as np
+import pytest
+
+from mpmemory import get_context
+
+EACH = 5000  # messages of a writer
+
+
+def content(writer: int, number: int) -> np.ndarray:
+    # Small enough that the socket takes all that a maxsize allows: a killed writer had nothing unsent, then.
+    return np.full(2500 if number % 50 == 0 else number % 20, writer * EACH + number)
+
+
+def write(queue: Any, writer: int, stay: bool) -> None:
+    for number in range(EACH):
+        queue.put((writer, number, content(writer, number)))
+    if stay:
+        signal.pause()
+
+
+def read(queue: Any, reports: Any) -> None:
+    """Report what was received, before receiving more."""
+    while (item := queue.get()) is not None:
+        writer, number, array = item
+        assert (array == content(writer, number)).all()
+        reports.send((writer, number))
+    reports.send(None)
+
+
+@pytest.mark.parametrize(
+    ("method", "maxsize"), [("fork", 0), ("fork", 100), ("forkserver", 0), ("spawn", 0), ("spawn", 100)]
+)
+def test_survivors_receive_each_message_exactly_once(method: str, maxsize: int) -> None:
+    """Two of four writers and two of four readers are killed among 20,000 messages.
+
+    All messages of the other writers arrive, and a prefix of those of a killed one, each once; but for one
+    that each killed reader may have received and not reported.
+    """
+    chosen = random.Random(f"{method} {maxsize}")
+    ctx = get_context(method)
+    queue = ctx.Queue(maxsize)
+    doomed_readers, doomed_writers = chosen.sample(range(4), 2), chosen.sample(range(4), 2)
+    pipes = [ctx.Pipe(duplex=False) for _ in range(4)]
+    readers = [ctx.Process(target=read, args=(queue, there)) for _, there in pipes]
+    writers = [ctx.Process(target=write, args=(queue, writer, writer in doomed_writers)) for writer in range(4)]
+    for process in (*readers, *writers):
+        process.start()
+
+    reading = {here: index for index, (here, _) in enumerate(pipes)}
+    writing = {process.sentinel for index, process in enumerate(writers) if index not in doomed_writers}
+    seen: list[list[tuple[int, int]]] = [[] for _ in readers]
+    victims: list[tuple[Any, Any]] = [(readers[index], pipes[index][1]) for index in doomed_readers]
+    victims += [(writers[index], None) for index in doomed_writers]
+    chosen.shuffle(victims)
+    kills = dict(zip(sorted(chosen.sample(range(1, EACH * 3 // 2), 4)), victims, strict=True))
+    ends = 2
+    while reading:
+        for ready in wait([*reading, *writing]):
+            if ready in writing:
+                writing.remove(ready)
+            elif (item := ready.recv()) is None:
+                del reading[ready]
+            else:
+                seen[reading[ready]].append(item)
+        while kills and sum(map(len, seen)) >= min(kills):
+            victim, reports = kills.pop(min(kills))
+            victim.kill()
+            victim.join()
+            assert victim.exitcode == -signal.SIGKILL
+            if reports:
+                reports.send(None)  # on the victim's behalf
+        if not kills and not writing and ends:
+            with contextlib.suppress(Full):  # the readers may be waiting for us
+                queue.put_nowait(None)
+                ends -= 1
+
+    for process in (*readers, *writers):
+        process.join()
+    found = Counter(item for items in seen for item in items)
+    assert set(found.values()) == {1}
+    missing = 0
+    for writer in range(4):
+        numbers = [number for each, number in found if each == writer]
+        missing += (max(numbers, default=-1) + 1 if writer in doomed_writers else EACH) - len(numbers)
+    assert missing <= len(doomed_readers)
+    for items in seen:  # in the order of each writer
+        assert sorted(items) == sorted(items, key=lambda item: item[0])
+    assert queue.empty()
+    assert not maxsize or queue.qsize() <= len(victims)  # at most one place goes with who was killed
