@@ -8,7 +8,6 @@ middle leaves nothing locked and nothing half.
 from __future__ import annotations
 
 import operator
-import os
 import socket
 from collections.abc import Callable
 from multiprocessing import BufferTooShort
@@ -16,7 +15,7 @@ from multiprocessing.connection import wait
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, SupportsIndex
 
-from ._fds import LostFd, OwnedFd
+from ._fds import LostFd, OwnedFd, dup
 from ._messages import Message, Received
 from .memory import flat_view
 from .reduction import Shareable, release_launched, share_fd
@@ -210,7 +209,7 @@ class Connection(Shareable):
             raise OSError("the connection is read-only")
 
     def _reduce(self) -> tuple[Callable[..., Self], tuple[Any, ...]]:
-        shared = share_fd(OwnedFd(os.dup(self.fileno())))
+        shared = share_fd(OwnedFd(dup(self.fileno())))
         return _rebuild_connection, (type(self), shared, self._readable, self._writable)
 
 
@@ -220,7 +219,7 @@ def _rebuild_connection(cls: type[Connection], shared: Any, readable: bool, writ
     sock = None
     if isinstance(fd, OwnedFd):
         try:
-            sock = socket.socket(fileno=os.dup(fd.fileno()))
+            sock = socket.socket(fileno=dup(fd.fileno()))
         except OSError as error:
             fd = LostFd.because(error, "the connection could not be opened")
     self._set_up(sock, None if sock else fd, readable, writable)

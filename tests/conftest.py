@@ -22,6 +22,34 @@ from mpmemory import HandleLostError, Memory, _backends, _segments, _sharer
 from mpmemory.connection import Pipe
 
 START_METHODS = ["fork", "forkserver", "spawn"]
+# The start of a program that is to be at the limit of its descriptors at times.
+LIMITED = """
+import contextlib, errno, os, resource, socket
+import numpy as np
+from mpmemory import Memory
+from mpmemory.connection import Pipe
+from mpmemory.queues import JoinableQueue, Queue, SimpleQueue
+
+resource.setrlimit(resource.RLIMIT_NOFILE, (400, 400))
+
+@contextlib.contextmanager
+def no_descriptors_left():
+    with contextlib.ExitStack() as stack:
+        with contextlib.suppress(OSError):
+            while True:
+                stack.callback(os.close, os.dup(0))
+        yield
+
+def expect_the_limit(action):
+    with no_descriptors_left():
+        try:
+            action()
+        except OSError as error:
+            assert error.errno == errno.EMFILE and "ulimit -n" in str(error), repr(error)
+        else:
+            raise AssertionError("no error")
+"""
+
 BACKENDS = [name for name, backend in _backends.BACKENDS.items() if backend.available()]
 
 

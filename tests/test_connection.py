@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import START_METHODS, open_fds, skip_unless_available
+from conftest import LIMITED, START_METHODS, open_fds, skip_unless_available
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -399,28 +399,19 @@ def test_a_handle_unpickled_apart_from_its_message_is_lost(pipe: Any) -> None:
 
 def test_out_of_descriptors(run_python: Any) -> None:
     run_python(
-        "import errno, os, resource, mpmemory, numpy as np\n"
-        "from mpmemory.connection import Pipe\n"
-        "left, right = Pipe()\n"
-        "memory = mpmemory.Memory(10)\n"
-        "resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))\n"
-        "def fill():\n"
-        "    fds = []\n"
-        "    try:\n"
-        "        while True: fds.append(os.dup(0))\n"
-        "    except OSError: return fds\n"
-        "def expect(action):\n"
-        "    try: action()\n"
-        "    except OSError as error: assert error.errno == errno.EMFILE and 'ulimit' in str(error), error\n"
-        "    else: raise SystemExit('no error')\n"
-        "for obj in (memory, np.zeros(100_000)):\n"
-        "    fds = fill()\n"
-        "    if obj is not memory: expect(lambda: left.send(obj))\n"
-        "    for fd in fds: os.close(fd)\n"
+        LIMITED + "left, right = Pipe()\n"
+        "memory, sock = Memory(10), socket.socket()\n"
+        "array = np.zeros(100_000)\n"
+        "for obj in (array, sock, left, SimpleQueue()):\n"
+        "    expect_the_limit(lambda: left.send(obj))\n"
+        "memories = [Memory(10) for _ in range(300)]\n"
+        "expect_the_limit(lambda: left.send(memories))\n"
+        "left.send(memories); left.send('next')\n"
+        "expect_the_limit(right.recv)\n"
+        "assert right.recv() == 'next'\n"
+        "for obj in (array, sock, left, memory):\n"
         "    left.send(obj); left.send('next')\n"
-        "    fds = fill()\n"
-        "    expect(right.recv)\n"
-        "    for fd in fds: os.close(fd)\n"
+        "    expect_the_limit(right.recv)\n"
         "    assert right.recv() == 'next'\n"
         "    left.send(obj); right.recv()\n"
     )
