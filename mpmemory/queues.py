@@ -22,8 +22,9 @@ from typing import Any, Self
 
 from ._backends import platform
 from ._fds import LostFd, OwnedFd
-from ._messages import Message
+from ._messages import Message, Received
 from .connection import Connection, Pipe
+from .errors import HandleLostError
 from .reduction import Shareable, share_fd
 
 # More than anybody puts: what a queue without maxsize counts down from.
@@ -32,6 +33,10 @@ _UNBOUNDED = 2**31 - 1
 # How often join() looks again, in seconds: a process that is killed between counting down to zero and
 # saying so wakes nobody.
 _JOIN_INTERVAL = 1.0
+
+
+# What this process or the system is short of: it ends one message, and another may pass.
+_SHORTAGES = {errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOSPC}
 
 
 class SimpleQueue(Shareable):
@@ -132,7 +137,8 @@ class Queue(Shareable):
     `put` pickles at once, in the caller: what you put is what arrives, errors are raised where the mistake
     is, and a handle may be closed afterwards. It never waits for readers (only for a free place, if the
     queue has a `maxsize`): what the socket does not take now, a thread sends later. That thread is
-    joined when the process ends, unless `cancel_join_thread` was called.
+    joined when the process ends, unless `cancel_join_thread` was called. A message for which it finds no
+    descriptors or memory is lost, and it says so on standard error.
 
     Can be used from several threads and processes. Pickles through multiprocessing; each process has a
     thread and unsent messages of its own.
@@ -187,8 +193,12 @@ class Queue(Shareable):
         try:
             self._post(message)
         except BaseException:
-            self._places.add()
+            self._take_back()
             raise
+
+    def _take_back(self) -> None:
+        """Count as if a message that could not be sent had not been put."""
+        self._places.add()
 
     def _post(self, message: Message) -> None:
         with self._changed:
@@ -211,13 +221,15 @@ class Queue(Shareable):
             try:
                 self._writer.send_message(message)
             except OSError as error:
-                # Nobody can read any more, or this process has closed its end: what is left cannot be sent.
-                with self._changed:
-                    self._unsent.clear()
-                    self._end_sender()
                 if not isinstance(error, BrokenPipeError):
                     print(f"mpmemory: cannot send what was put into a queue: {error}", file=sys.stderr)
-                return
+                if error.errno not in _SHORTAGES:
+                    # Nobody can read any more, or this process has closed its end: what is left cannot be sent.
+                    with self._changed:
+                        self._unsent.clear()
+                        self._end_sender()
+                    return
+                self._take_back()
             with self._changed:
                 self._unsent.popleft()
 
@@ -245,20 +257,24 @@ class Queue(Shareable):
         object is gone then); ValueError if the queue was closed; EOFError if nobody can put any more.
         """
         self._check_open()
-        if block and timeout is None:
-            received = self._reader.receive()
-        else:
-            deadline = _deadline(block, timeout)
-            assert deadline is not None
-            while True:
-                # Somebody else may be faster than we are.
-                if not self._reader.poll(max(0.0, deadline - time.monotonic())):
-                    raise Empty
-                with contextlib.suppress(BlockingIOError):
-                    received = self._reader.receive(wait=False)
-                    break
+        try:
+            received = self._receive(_deadline(block, timeout))
+        except OSError as error:
+            if error.errno in _SHORTAGES and not isinstance(error, HandleLostError):
+                self._places.add()  # it came, but could not be taken in
+            raise
         self._places.add()
         return received.object()
+
+    def _receive(self, deadline: float | None) -> Received:
+        if deadline is None:
+            return self._reader.receive()
+        while True:
+            # Somebody else may be faster than we are.
+            if not self._reader.poll(max(0.0, deadline - time.monotonic())):
+                raise Empty
+            with contextlib.suppress(BlockingIOError):
+                return self._reader.receive(wait=False)
 
     def put_nowait(self, obj: object) -> None:
         """`put(obj, False)`."""
@@ -359,11 +375,12 @@ class JoinableQueue(Queue):
 
     def _post(self, message: Message) -> None:
         self._unfinished.add()
-        try:
-            super()._post(message)
-        except BaseException:
-            self._unfinished.take(0.0)
-            raise
+        super()._post(message)
+
+    def _take_back(self) -> None:
+        super()._take_back()
+        with contextlib.suppress(ValueError):
+            self.task_done()
 
     def task_done(self) -> None:
         """Say that an object from `get` is done. Raises ValueError if this was said more often than `put`."""

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from conftest import LIMITED
 
 from mpmemory import get_context
 
@@ -99,3 +100,50 @@ def test_survivors_receive_each_message_exactly_once(method: str, maxsize: int) 
         assert sorted(items) == sorted(items, key=lambda item: item[0])
     assert queue.empty()
     assert not maxsize or queue.qsize() <= len(victims)  # at most one place goes with who was killed
+
+
+def test_out_of_descriptors_at_put(run_python: Any) -> None:
+    run_python(
+        LIMITED + "for queue in (Queue(2), JoinableQueue(2)):\n"
+        "    for _ in range(5):\n"
+        "        expect_the_limit(lambda: queue.put(np.zeros(100_000)))\n"
+        "    assert queue.qsize() == 0\n"
+        "    queue.put(np.ones(100_000), timeout=0)\n"
+        "    queue.put('next', timeout=0)\n"
+        "    assert (queue.get().sum(), queue.get()) == (100_000, 'next')\n"
+        "    if isinstance(queue, JoinableQueue): queue.task_done(); queue.task_done(); queue.join()\n"
+    )
+
+
+def test_out_of_descriptors_when_what_was_put_is_sent_later(run_python: Any) -> None:
+    """That message is lost, and said to be; its place is free again, and nobody waits for its task_done."""
+    done = run_python(
+        LIMITED + "for queue in (Queue(50), JoinableQueue(50)):\n"
+        "    for index in range(40): queue.put((index, bytes(30_000)))\n"  # more than the socket takes
+        "    assert queue._unsent\n"
+        "    queue.put(np.zeros(100_000))\n"
+        "    queue.put('next')\n"
+        "    with no_descriptors_left():\n"
+        "        assert [queue.get()[0] for _ in range(40)] == list(range(40))\n"
+        "        assert queue.get() == 'next'\n"
+        "    assert queue.qsize() == 0\n"
+        "    queue.put(np.ones(100_000))\n"
+        "    assert queue.get().sum() == 100_000\n"
+        "    if isinstance(queue, JoinableQueue):\n"
+        "        for _ in range(42): queue.task_done()\n"
+        "        queue.join()\n"
+    )
+    assert done.stderr.count("ulimit -n") == 2
+
+
+def test_out_of_descriptors_at_get(run_python: Any) -> None:
+    run_python(
+        LIMITED + "queue = Queue(2)\n"
+        "for obj in (Memory(10), np.zeros(100_000), socket.socket()):\n"
+        "    for get in (queue.get, queue.get_nowait, lambda: queue.get(timeout=10)):\n"
+        "        queue.put(obj, timeout=0)\n"
+        "        queue.put('next', timeout=0)\n"
+        "        expect_the_limit(get)\n"
+        "        assert (queue.get(), queue.qsize()) == ('next', 0)\n"
+        "        queue.put(obj, timeout=0); queue.get()\n"
+    )
