@@ -135,3 +135,29 @@ def test_five_thousand_arrays_are_kept_under_a_limit_of_1024_descriptors(run_pyt
         "assert all((array == index).all() for index, array in enumerate(kept))\n"
         "kept[0][:] = -1; assert kept[1][0] == 1 and kept[4999][0] == 4999\n"
     )
+
+
+def test_five_thousand_arrays_from_a_queue_are_kept_and_given_up(run_python: Any) -> None:
+    run_python(
+        "import os, resource, numpy as np, mpmemory\n"
+        "from mpmemory import _segments\n"
+        "resource.setrlimit(resource.RLIMIT_NOFILE, (1024, 1024))\n"
+        "_segments.IDLE_TIMEOUT = 0.2\n"
+        "def write(queue):\n"
+        "    for index in range(5000): queue.put(np.full(12_500, index, float))\n"
+        "def resident():\n"
+        "    with open('/proc/self/statm') as file: return int(file.read().split()[1]) * resource.getpagesize()\n"
+        "ctx = mpmemory.get_context('fork')\n"
+        "queue = ctx.Queue(100)\n"
+        "child = ctx.Process(target=write, args=(queue,))\n"
+        "child.start()\n"
+        "fds, memory = os.listdir('/proc/self/fd'), resident()\n"
+        "kept = [queue.get() for _ in range(5000)]\n"
+        "child.join()\n"
+        "assert all((array == index).all() for index, array in enumerate(kept))\n"
+        "assert len(_segments.Lease._held) == 256 and resident() > memory + 450e6\n"
+        "del kept\n"
+        "_segments.warm._reaper.join()\n"
+        "assert os.listdir('/proc/self/fd') == fds\n"
+        "assert resident() < memory + 100e6, resident() - memory\n"
+    )
