@@ -43,10 +43,7 @@ class OwnedFd:
 
     def dup(self) -> OwnedFd:
         """Return a new, close-on-exec descriptor of the same file description. Raises OSError."""
-        try:
-            return OwnedFd(os.dup(self._number))
-        except OSError as error:
-            raise failed(f"cannot duplicate file descriptor {self._number}", error) from None
+        return OwnedFd(dup(self._number))
 
     # Bound early: at interpreter exit the module's globals may be gone.
     def __del__(self, _close: Callable[[int], None] = os.close) -> None:
@@ -81,6 +78,14 @@ class LostFd:
 
     def dup(self) -> NoReturn:
         self.fileno()
+
+
+def dup(number: int) -> int:
+    """Return a new, close-on-exec descriptor of the file description of `number`. Raises OSError."""
+    try:
+        return os.dup(number)
+    except OSError as error:
+        raise failed(f"cannot duplicate file descriptor {number}", error) from None
 
 
 def send_fds(sock: socket.socket, data: bytes, fds: Sequence[int], flags: int = 0) -> None:

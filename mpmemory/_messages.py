@@ -35,8 +35,9 @@ from multiprocessing import connection, reduction
 from typing import Any
 
 from . import _segments
-from ._fds import MAX_FDS, OwnedFd, borrow_socket, recv_fds, recv_message, send_fds, truncation
+from ._fds import MAX_FDS, OwnedFd, borrow_socket, dup, recv_fds, recv_message, send_fds, truncation
 from ._segments import ALIGNMENT, Lease
+from .errors import failed
 from .reduction import MessageFd, in_message
 
 #: A payload of up to so many bytes travels in the datagram itself.
@@ -68,7 +69,7 @@ class _Pieces:
 
 
 def _dup(owner: socket.socket | connection.Connection) -> MessageFd:
-    return MessageFd(OwnedFd(os.dup(owner.fileno())))
+    return MessageFd(OwnedFd(dup(owner.fileno())))
 
 
 def _reduce_socket(sock: socket.socket) -> tuple[Any, ...]:
@@ -351,7 +352,10 @@ def _send(sock: socket.socket, datagram: bytes, fds: Sequence[OwnedFd], wait: bo
 
 def _line_up(fds: Sequence[OwnedFd]) -> OwnedFd:
     """Return one end of a socket pair in which `fds` wait. Raises OSError."""
-    here, there = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    try:
+        here, there = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    except OSError as error:
+        raise failed(f"cannot send {len(fds)} descriptors in one message", error) from None
     with here:
         end = OwnedFd(there.detach())
         for first in range(0, len(fds), MAX_FDS):

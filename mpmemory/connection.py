@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import errno
 import operator
-import os
 import socket
 from collections.abc import Callable
 from multiprocessing import BufferTooShort
@@ -17,7 +16,7 @@ from multiprocessing.connection import wait
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, SupportsIndex
 
-from ._fds import LostFd, OwnedFd
+from ._fds import LostFd, OwnedFd, dup
 from ._messages import Datagram, Message, Received
 from .memory import flat_view
 from .reduction import Shareable, release_launched, share_fd
@@ -225,7 +224,7 @@ class Connection(Shareable):
             raise OSError("the connection is read-only")
 
     def _reduce(self) -> tuple[Callable[..., Self], tuple[Any, ...]]:
-        shared = share_fd(OwnedFd(os.dup(self.fileno())))
+        shared = share_fd(OwnedFd(dup(self.fileno())))
         return _rebuild_connection, (type(self), shared, self._readable, self._writable)
 
 
@@ -235,7 +234,7 @@ def _rebuild_connection(cls: type[Connection], shared: Any, readable: bool, writ
     sock = None
     if isinstance(fd, OwnedFd):
         try:
-            sock = socket.socket(fileno=os.dup(fd.fileno()))
+            sock = socket.socket(fileno=dup(fd.fileno()))
         except OSError as error:
             fd = LostFd.because(error, "the connection could not be opened")
     self._set_up(sock, None if sock else fd, readable, writable)

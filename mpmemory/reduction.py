@@ -25,7 +25,7 @@ from collections.abc import Callable, Sequence
 from multiprocessing import context, reduction
 from typing import Any, Protocol, Self
 
-from ._fds import LostFd, OwnedFd
+from ._fds import LostFd, OwnedFd, dup
 from ._sharer import share_by_sharer
 
 #: So many descriptors one forkserver child inherits, at most; the rest go through the resource sharer.
@@ -131,7 +131,7 @@ class MessageFd:
 
     def detach(self) -> int:
         """Return a descriptor for whoever closes it himself, as `multiprocessing.reduction.DupFd` gives."""
-        return os.dup(self.claim().fileno())
+        return dup(self.claim().fileno())
 
 
 # --- by inheritance -------------------------------------------------------------------------------

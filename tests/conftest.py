@@ -18,9 +18,38 @@ from typing import Any
 import pytest
 
 import mpmemory
-from mpmemory import HandleLostError, Memory, _backends, _sharer
+from mpmemory import HandleLostError, Memory, _backends, _segments, _sharer
+from mpmemory.connection import Pipe
 
 START_METHODS = ["fork", "forkserver", "spawn"]
+# The start of a program that is to be at the limit of its descriptors at times.
+LIMITED = """
+import contextlib, errno, os, resource, socket
+import numpy as np
+from mpmemory import Memory
+from mpmemory.connection import Pipe
+from mpmemory.queues import JoinableQueue, Queue, SimpleQueue
+
+resource.setrlimit(resource.RLIMIT_NOFILE, (400, 400))
+
+@contextlib.contextmanager
+def no_descriptors_left():
+    with contextlib.ExitStack() as stack:
+        with contextlib.suppress(OSError):
+            while True:
+                stack.callback(os.close, os.dup(0))
+        yield
+
+def expect_the_limit(action):
+    with no_descriptors_left():
+        try:
+            action()
+        except OSError as error:
+            assert error.errno == errno.EMFILE and "ulimit -n" in str(error), repr(error)
+        else:
+            raise AssertionError("no error")
+"""
+
 BACKENDS = [name for name, backend in _backends.BACKENDS.items() if backend.available()]
 
 
@@ -66,6 +95,19 @@ def assert_lost(handle: Memory, message: str) -> None:
     assert handle.closed
 
 
+def skip_unless_available(nbytes: int) -> None:
+    match = re.search(r"^MemAvailable: +(\d+) kB", Path("/proc/meminfo").read_text(), re.MULTILINE)
+    assert match
+    if int(match[1]) * 1024 < nbytes:
+        pytest.skip(f"needs {nbytes >> 30} GB of memory")
+
+
+def join_reaper() -> None:
+    reaper = _segments.warm._reaper
+    if reaper is not None:
+        reaper.join()
+
+
 @pytest.fixture(autouse=True)
 def _leaves_nothing() -> Iterator[None]:
     # What multiprocessing starts once and keeps, so that no test seems to leak it.
@@ -76,6 +118,8 @@ def _leaves_nothing() -> Iterator[None]:
     yield
     _sharer._sharer.stop(timeout=10)
     gc.collect()
+    _segments.warm.release(float("inf"))
+    join_reaper()
     assert multiprocessing.active_children() == []
     leaked = {fd: what for fd, what in open_fds().items() if fds.get(fd) != what}
     assert leaked == {}
@@ -99,6 +143,13 @@ def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
 def ctx(request: pytest.FixtureRequest) -> mpmemory.context.ForkContext:
     """Run the test with each start method, in a context of ours."""
     return mpmemory.get_context(request.param)
+
+
+@pytest.fixture
+def pipe() -> Any:
+    left, right = Pipe()
+    with left, right:
+        yield left, right
 
 
 @pytest.fixture

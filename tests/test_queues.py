@@ -19,15 +19,8 @@ import pytest
 from conftest import START_METHODS, open_fds
 
 import mpmemory
-from mpmemory import Memory, _segments, context, get_context, queues
+from mpmemory import Memory, context, get_context, queues
 from mpmemory._backends import platform
-
-
-@pytest.fixture(autouse=True)
-def _cold() -> Any:
-    yield
-    gc.collect()
-    _segments.warm.release(float("inf"))
 
 
 def test_contexts_make_ours() -> None:

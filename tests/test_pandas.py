@@ -1,0 +1,101 @@
+"""DataFrames: their blocks cross beside the pickle, and belong to the receiver."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+from conftest import START_METHODS
+
+from mpmemory import _segments, get_context
+
+ROWS = 20_000
+
+
+def make_frame() -> pd.DataFrame:
+    numbers = np.arange(ROWS)
+    return pd.DataFrame(
+        {
+            "i8": numbers,
+            "more": -numbers,
+            "f4": (numbers / 7).astype("f4"),
+            "f8": np.where(numbers % 3, np.nan, numbers),
+            "?": numbers % 2 == 0,
+            "time": pd.date_range("2020-01-01", periods=ROWS, freq="min"),
+            "zone": pd.date_range("2020-01-01", periods=ROWS, freq="min", tz="Asia/Tokyo"),
+            "kind": pd.Categorical.from_codes(numbers % 3, ["a", "b", "c"]),
+            "Int64": pd.array(numbers, "Int64"),
+            "text": [f"{number} é" for number in range(ROWS)],
+            "object": [None, (1, 2)] * (ROWS // 2),
+        },
+        index=pd.Index(numbers * 2, name="even"),
+    )
+
+
+def segment() -> np.ndarray:
+    ((mapping, _),) = _segments.warm._mappings.values()
+    return np.frombuffer(mapping, "u1")
+
+
+def test_a_frame_of_many_types_crosses_without_a_copy(pipe: Any) -> None:
+    left, right = pipe
+    frame = make_frame()
+    left.send(frame)
+    found = right.recv()
+    pd.testing.assert_frame_equal(found, frame)
+    for column in ("i8", "more", "f4", "f8", "?"):  # NumPy gives no buffer for times
+        assert np.shares_memory(found[column].to_numpy(), segment()), column
+    assert np.shares_memory(found.index.to_numpy(), segment())
+
+
+def test_a_frame_received_is_the_receivers_own(pipe: Any) -> None:
+    left, right = pipe
+    frame = pd.DataFrame({"a": np.ones(ROWS), "b": np.arange(ROWS)})
+    left.send(frame)
+    left.send(frame)
+    first, second = right.recv(), right.recv()
+    first.loc[:, "a"] = 7.0
+    first["b"] += 1
+    first.iloc[0, 0] = -1
+    pd.testing.assert_frame_equal(second, frame)
+    column = first["a"]
+    del first, second
+    assert column[ROWS - 1] == 7
+
+
+def test_the_lease_ends_with_the_last_column(pipe: Any) -> None:
+    left, right = pipe
+    left.send(pd.DataFrame({"a": np.ones(ROWS), "b": np.arange(ROWS)}))
+    found = right.recv()
+    column = found["b"]
+    del found
+    assert len(_segments.Lease._held) == 1
+    assert column.sum() == ROWS * (ROWS - 1) // 2
+    del column
+    assert len(_segments.Lease._held) == 0
+
+
+def summarize(requests: Any, results: Any) -> None:
+    while (frame := requests.get()) is not None:
+        frame["sum"] = frame["i8"] + frame["more"] + 1
+        results.put((frame, frame.groupby("kind", observed=True)["i8"].sum()))
+
+
+@pytest.mark.parametrize("method", START_METHODS)
+def test_frames_through_queues(method: str) -> None:
+    ctx = get_context(method)
+    requests, results = ctx.Queue(), ctx.Queue()
+    child = ctx.Process(target=summarize, args=(requests, results))
+    child.start()
+    frame = make_frame()
+    for _ in range(3):
+        requests.put(frame)
+        found, sums = results.get()
+        assert (found.pop("sum") == 1).all()
+        pd.testing.assert_frame_equal(found, frame)
+        pd.testing.assert_series_equal(sums, frame.groupby("kind", observed=True)["i8"].sum())
+    requests.put(None)
+    child.join()
+    assert child.exitcode == 0

@@ -1,0 +1,163 @@
+"""Segments: used again when nobody needs them, leased by who received, given up when idle."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+from conftest import START_METHODS, join_reaper, mappings, open_fds
+
+from mpmemory import _segments, get_context
+from mpmemory.connection import Connection, Pipe
+
+
+@pytest.fixture
+def _never_idle(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_segments, "IDLE_TIMEOUT", 1000.0)
+
+
+def segments() -> set[str]:
+    return {line.split()[4] for line in mappings() if "mpmemory-segment" in line}
+
+
+@pytest.mark.usefixtures("_never_idle")
+def test_segments_are_used_again(pipe: Any) -> None:
+    left, right = pipe
+    array = np.zeros(200_000)
+    seen = []
+    for _ in range(6):
+        left.send(array)
+        found = right.recv()
+        del found
+        seen.append(segments())
+    assert len(set.union(*seen)) == 1
+
+
+@pytest.mark.usefixtures("_never_idle")
+def test_a_segment_is_not_used_again_before_its_last_array_is_gone(pipe: Any) -> None:
+    left, right = pipe
+    left.send(np.full(200_000, 1))
+    first = right.recv()[10:20][::2]
+    for value in range(2, 6):
+        left.send(np.full(200_000, value))
+        assert right.recv()[0] == value
+    assert (first == 1).all()
+    assert len(segments()) == 2
+    assert len(_segments.Lease._held) == 1
+    del first
+    assert len(_segments.Lease._held) == 0
+
+
+@pytest.mark.usefixtures("_never_idle")
+def test_segments_come_back_from_messages_that_nobody_reads() -> None:
+    left, right = Pipe()
+    array = np.zeros(200_000)
+    for _ in range(5):
+        left.send(array)
+    right.close()
+    left.close()
+    other, last = Pipe()
+    with other, last:
+        for _ in range(5):
+            other.send(array)
+        assert sum(map(len, _segments.warm._segments.values())) == 5
+
+
+def hold_and_wait(conn: Connection) -> None:
+    kept = [conn.recv() for _ in range(5)]
+    conn.send(len(kept))
+    conn.recv()
+
+
+@pytest.mark.usefixtures("_never_idle")
+@pytest.mark.parametrize("method", START_METHODS)
+def test_segments_come_back_from_a_killed_receiver(method: str) -> None:
+    left, right = Pipe()
+    with left:
+        child = get_context(method).Process(target=hold_and_wait, args=(right,))
+        child.start()
+        right.close()
+        array = np.zeros(200_000)
+        for _ in range(5):
+            left.send(array)
+        assert left.recv() == 5
+        child.kill()
+        child.join()
+        taken = [_segments.warm.take(array.nbytes) for _ in range(5)]
+        assert all(segment.last_used for segment in taken)
+
+
+def test_idle_segments_and_mappings_are_given_up(pipe: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_segments, "IDLE_TIMEOUT", 0.1)
+    left, right = pipe
+    before = open_fds()
+    left.send(np.zeros(200_000))
+    kept = right.recv()
+    join_reaper()
+    assert len(segments()) == 1  # the one in use
+    kept[:] = 1
+    del kept
+    assert (segments(), open_fds()) == (set(), before)
+    left.send(np.zeros(200_000))
+    assert right.recv().sum() == 0
+    join_reaper()
+
+
+def check_that_nothing_is_inherited(conn: Connection) -> None:
+    conn.send((sum(map(len, _segments.warm._segments.values())), len(_segments.warm._mappings)))
+    conn.send(np.zeros(200_000))
+
+
+@pytest.mark.usefixtures("_never_idle")
+def test_a_forked_child_owns_no_segments(pipe: Any) -> None:
+    left, right = pipe
+    left.send(np.zeros(200_000))
+    right.recv()
+    assert _segments.warm._segments
+    child = get_context("fork").Process(target=check_that_nothing_is_inherited, args=(left,))
+    child.start()
+    assert right.recv() == (0, 0)
+    assert right.recv().sum() == 0
+    child.join()
+
+
+def test_five_thousand_arrays_are_kept_under_a_limit_of_1024_descriptors(run_python: Any) -> None:
+    run_python(
+        "import resource, numpy as np\n"
+        "from mpmemory.connection import Pipe\n"
+        "resource.setrlimit(resource.RLIMIT_NOFILE, (1024, 1024))\n"
+        "left, right = Pipe()\n"
+        "kept = []\n"
+        "for index in range(5000):\n"
+        "    left.send(np.full(12_500, index, float))\n"
+        "    kept.append(right.recv())\n"
+        "assert all((array == index).all() for index, array in enumerate(kept))\n"
+        "kept[0][:] = -1; assert kept[1][0] == 1 and kept[4999][0] == 4999\n"
+    )
+
+
+def test_five_thousand_arrays_from_a_queue_are_kept_and_given_up(run_python: Any) -> None:
+    run_python(
+        "import os, resource, numpy as np, mpmemory\n"
+        "from mpmemory import _segments\n"
+        "resource.setrlimit(resource.RLIMIT_NOFILE, (1024, 1024))\n"
+        "_segments.IDLE_TIMEOUT = 0.2\n"
+        "def write(queue):\n"
+        "    for index in range(5000): queue.put(np.full(12_500, index, float))\n"
+        "def resident():\n"
+        "    with open('/proc/self/statm') as file: return int(file.read().split()[1]) * resource.getpagesize()\n"
+        "ctx = mpmemory.get_context('fork')\n"
+        "queue = ctx.Queue(100)\n"
+        "child = ctx.Process(target=write, args=(queue,))\n"
+        "child.start()\n"
+        "fds, memory = os.listdir('/proc/self/fd'), resident()\n"
+        "kept = [queue.get() for _ in range(5000)]\n"
+        "child.join()\n"
+        "assert all((array == index).all() for index, array in enumerate(kept))\n"
+        "assert len(_segments.Lease._held) == 256 and resident() > memory + 450e6\n"
+        "del kept\n"
+        "_segments.warm._reaper.join()\n"
+        "assert os.listdir('/proc/self/fd') == fds\n"
+        "assert resident() < memory + 100e6, resident() - memory\n"
+    )
