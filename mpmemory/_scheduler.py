@@ -225,6 +225,7 @@ class Scheduler:
         self._failed_starts = 0  # in a row
         self._last_end = ""
         self._start_error: BaseException | None = None
+        self._ending = threading.RLock()
         self._lifeline = Lifeline()
         self._wake_fd = OwnedFd(os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK))
         self._poller = select.poll()
@@ -275,13 +276,20 @@ class Scheduler:
         except Exception as error:
             self._fail(job, index, error)
             return
-        task = Task(next(self._tags), job, index, message)
+        try:
+            task = Task(next(self._tags), job, index, message)
+        except OSError as error:
+            self._fail(job, index, error)
+            return
         try:
             with self._lock:
-                worker = self._reserve(task) if not self._pending else None
-                if worker is None:
+                ended = self._state == TERMINATE
+                worker = self._reserve(task) if not self._pending and not ended else None
+                if worker is None and not ended:
                     self._pending.append(task)
-            if worker is not None:
+            if ended:
+                self._refuse(job)
+            elif worker is not None:
                 self._send(worker, task)
         except BaseException:
             self._withdraw(task)
@@ -312,6 +320,9 @@ class Scheduler:
                     self._fail(job, index, args[0])
                     continue
                 if not self._wait_for_room(window):
+                    if self._state == TERMINATE:
+                        self._refuse(job)
+                        return
                     count -= 1
                     break
                 self.submit(job, index, func, args, kwds)
@@ -643,9 +654,9 @@ class Scheduler:
         with self._lock:
             self._state = TERMINATE
         self._wake()
-        if threading.current_thread() is not self._thread:
+        if threading.current_thread() is not self._thread:  # as in a callback; then the rest follows
             self._thread.join(5 * GRACE)
-        self._end()  # also while a callback of the user's keeps the thread
+            self._end()  # also while a callback keeps the thread
 
     def join(self) -> None:
         """Wait for the end."""
@@ -664,11 +675,15 @@ class Scheduler:
             workers, self._workers = self._workers, []
         _kill(workers)
         for job in list(self.results):
-            error = self.broken() or PoolError("the pool was terminated before the task was done")
-            self._abandon(job, error)
+            self._refuse(job)
         for worker in workers:
             worker.forget()
         self._lifeline.let_go()
+
+    def _refuse(self, job: int) -> None:
+        """Fail what the pool cannot do any more. Its thread may be gone: any may do this, one at a time."""
+        with self._ending:
+            self._abandon(job, self.broken() or PoolError("the pool was terminated before the task was done"))
 
     def broken(self) -> PoolError | None:
         """Return a new error that says why the pool is broken, if it is."""

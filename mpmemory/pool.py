@@ -75,11 +75,12 @@ class Pool(pool.Pool):
         is given. Raises ValueError or TypeError for other arguments, and what starting a process raises.
         """
         if processes is None:
-            count: Any = getattr(os, "process_cpu_count", os.cpu_count)
+            count = getattr(os, "process_cpu_count", os.cpu_count)
             processes = count() or 1
         if processes < 1:
             raise ValueError(f"expected at least 1 process, found {processes}")
-        if maxtasksperchild is not None and (not isinstance(maxtasksperchild, int) or maxtasksperchild <= 0):
+        tasks: object = maxtasksperchild  # whatever a program passes
+        if tasks is not None and (not isinstance(tasks, int) or tasks <= 0):
             raise ValueError(f"maxtasksperchild must be a positive int or None, found {maxtasksperchild!r}")
         if initializer is not None and not callable(initializer):
             raise TypeError(f"initializer must be callable, found {initializer!r}")
@@ -112,9 +113,12 @@ class Pool(pool.Pool):
         if self._state == _run and self._scheduler.is_of_this_process():
             _warn(f"unclosed running multiprocessing pool {self!r}", ResourceWarning, source=self)
 
-    def _check_running(self) -> None:
+    def _check_owner(self) -> None:
         if not self._scheduler.is_of_this_process():
             raise ValueError("the pool belongs to another process: this one was forked from it")
+
+    def _check_running(self) -> None:
+        self._check_owner()
         if (error := self._scheduler.broken()) is not None:
             raise error
         if self._state != RUN:
@@ -202,6 +206,7 @@ class Pool(pool.Pool):
 
     def join(self) -> None:
         """Wait for the workers to leave. Raises ValueError unless `close` or `terminate` was called before."""
+        self._check_owner()
         if self._state == RUN:
             raise ValueError("Pool is still running")
         self._scheduler.join()
