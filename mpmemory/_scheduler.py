@@ -334,6 +334,8 @@ class Scheduler:
         except BaseException as error:
             if job is not None:
                 self._broken_jobs.append((job, error))
+                if self._state == TERMINATE:
+                    self._refuse(job)
         finally:
             self._feeder_ends()
 
@@ -475,6 +477,8 @@ class Scheduler:
     def _fail(self, job: int, index: int, error: BaseException) -> None:
         self._failed.append((job, index, error))
         self._wake()
+        if self._state == TERMINATE:  # perhaps nobody reads that any more
+            self._refuse(job)
 
     def _wake(self) -> None:
         with contextlib.suppress(OSError):  # over already

@@ -71,12 +71,20 @@ def run(channel: Connection, lifeline: Lifeline, initializer: Callable[..., obje
     channel.send_datagram(Message.of_object(None).pack(ABOUT_WORKER))
     with contextlib.suppress(EOFError, BrokenPipeError):  # the pool is gone
         while True:
-            task = channel.receive_datagram()
+            task = _next_task(channel)
             if task.tag == ABOUT_WORKER:
                 return
             # Nothing of the task or its result is kept while the worker waits for the next.
             channel.send_datagram(_run_task(task, interrupts))
             del task
+
+
+def _next_task(channel: Connection) -> Datagram:
+    while True:
+        with contextlib.suppress(BlockingIOError):
+            return channel.receive_datagram(wait=False)
+        # Not waiting in recvmsg(2), where a process that is just being killed may still take a task along.
+        platform.poll([channel.fileno()], None)
 
 
 def _run_task(task: Datagram, interrupts: _Interrupts) -> Datagram:
