@@ -37,7 +37,7 @@ from typing import Any
 from ._backends import platform
 from ._fds import OwnedFd
 from ._messages import Datagram, Message
-from ._worker import ABOUT_WORKER, Lifeline
+from ._worker import ABOUT_WORKER, Lifeline, interrupts_wait
 from .connection import Connection, Pipe
 from .errors import PoolError, WorkerLostError, describe_exit
 
@@ -138,7 +138,8 @@ class Worker:
 
     def start(self, start: StartWorker, lifeline: Lifeline) -> BaseProcess:
         """Start it. Raises what starting a process raises."""
-        self.process = process = start(self.far_end, lifeline)
+        with interrupts_wait():
+            self.process = process = start(self.far_end, lifeline)
         assert process.pid is not None
         self.pid = process.pid
         try:

@@ -7,7 +7,7 @@ import os
 import reprlib
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from multiprocessing.pool import ExceptionWithTraceback, MaybeEncodingError  # type: ignore[attr-defined]
 from types import FrameType
 from typing import Any, Self
@@ -130,6 +130,16 @@ class _Shortened:
         return reprlib.repr(self._shown)
 
 
+@contextlib.contextmanager
+def interrupts_wait() -> Iterator[None]:
+    """Start a worker in this context: until it is ready for a SIGINT, none comes (where the mask is inherited)."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 class _Interrupts:
     """Lets SIGINT interrupt the user's code only, not what sends and receives.
 
@@ -140,6 +150,7 @@ class _Interrupts:
         self._allowed = False
         if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
             signal.signal(signal.SIGINT, self._interrupt)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
 
     def _interrupt(self, number: int, frame: FrameType | None) -> None:
         if self._allowed:

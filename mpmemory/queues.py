@@ -22,9 +22,8 @@ from typing import Any, Self
 
 from ._backends import platform
 from ._fds import LostFd, OwnedFd
-from ._messages import Message, Received
+from ._messages import Message
 from .connection import Connection, Pipe
-from .errors import HandleLostError
 from .reduction import Shareable, share_fd
 
 # More than anybody puts: what a queue without maxsize counts down from.
@@ -266,7 +265,7 @@ class Queue(Shareable):
         """
         self._check_open()
         if block and timeout is None:
-            received = self._receive(wait=True)
+            datagram = self._reader.receive_datagram()
         else:
             deadline = _deadline(block, timeout)
             assert deadline is not None
@@ -275,20 +274,10 @@ class Queue(Shareable):
                 if not self._reader.poll(max(0.0, deadline - time.monotonic())):
                     raise Empty
                 with contextlib.suppress(BlockingIOError):
-                    received = self._receive(wait=False)
+                    datagram = self._reader.receive_datagram(wait=False)
                     break
-        self._places.add()
-        return received.object()
-
-    def _receive(self, *, wait: bool) -> Received:
-        try:
-            return self._reader.receive(wait=wait)
-        except HandleLostError:
-            raise
-        except OSError as error:
-            if error.errno in {*_NO_DESCRIPTOR, errno.ENOMEM}:
-                self._places.add()  # it could not be received, but has left the queue all the same
-            raise
+        self._places.add()  # before anything can go wrong with it
+        return datagram.open().object()
 
     def put_nowait(self, obj: object) -> None:
         """`put(obj, False)`."""

@@ -346,9 +346,7 @@ def test_results_that_do_not_pickle_or_unpickle(ctx: Any) -> None:
 
 
 def test_imap_reads_no_further_than_its_buffer() -> None:
-    read: list[int] = []
-
-    def numbers() -> Iterator[int]:
+    def numbers(read: list[int]) -> Iterator[int]:
         for number in itertools.count(1):
             read.append(number)
             yield number
@@ -356,16 +354,15 @@ def test_imap_reads_no_further_than_its_buffer() -> None:
     with mpmemory.Pool(2) as pool:
         for imap in (pool.imap, pool.imap_unordered):
             for chunksize in (1, 3):
-                read.clear()
-                results = imap(square, numbers(), chunksize, buffersize=10)
+                read: list[int] = []
+                results = imap(square, numbers(read), chunksize, buffersize=10)
                 for taken in range(1, 200):
                     next(results)
                     assert len(read) <= taken + 12 * chunksize
                 # It does read so far, with nobody taking results.
-                await_true(partial(lambda least: len(read) >= least, 199 + 5 * chunksize))
-                del results
-        read.clear()
-        results = pool.imap(square, numbers())
+                await_true(partial(lambda read, least: len(read) >= least, read, 199 + 5 * chunksize))
+        read = []
+        results = pool.imap(square, numbers(read))
         assert [next(results) for _ in range(500)] == [x * x for x in range(1, 501)]
         assert len(read) <= 500 + 2 * BUFFER_PER_WORKER + 1
 
@@ -695,6 +692,7 @@ def test_terminate_fails_what_is_not_done(ctx: Any) -> None:
         pool.join()
         with pytest.raises(ValueError, match="Pool not running"):
             pool.apply(square, (1,))
+        await_true(lambda: all(thread.name != "mpmemory-pool-feeder" for thread in threading.enumerate()))
 
 
 def fork_and_use(pool: Any) -> None:

@@ -212,6 +212,7 @@ def test_a_storm_of_kills() -> None:
             assert array is None or (array == x).all()
         assert pool.map(square, range(100)) == [x * x for x in range(100)]
         del done, array
+    del pool
     await_true(lambda: len(open_fds()) <= fds)  # what was kept warm for arrays goes a little later
 
 
@@ -304,6 +305,10 @@ if __name__ == "__main__":
     ctx = mpmemory.get_context(sys.argv[1])
     ours, theirs = ctx.Pipe()
     with ctx.Pool(3) as pool:
+        if ctx.get_start_method() != "fork":
+            # There the interpreter starts without us: wait for all.
+            while len(set(pool.map(pid_of_worker, range(30), chunksize=1))) < 3:
+                pass
         results = [pool.apply_async(wait_for, (theirs,)) for _ in range(2)]
         for _ in results:
             ours.recv()
