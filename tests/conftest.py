@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import multiprocessing
 import os
 import re
+import resource
 import subprocess
 import sys
 import time
@@ -22,6 +24,13 @@ from mpmemory import HandleLostError, Memory, _backends, _segments, _sharer
 from mpmemory.connection import Pipe
 
 START_METHODS = ["fork", "forkserver", "spawn"]
+BACKENDS = [name for name, backend in _backends.BACKENDS.items() if backend.available()]
+
+# A message of 1,000 handles is 2,000 descriptors here, and many systems start with a limit of 1,024.
+with contextlib.suppress(ValueError):  # more is not allowed
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, 4096), hard))
+
 # The start of a program that is to be at the limit of its descriptors at times.
 LIMITED = """
 import contextlib, errno, os, resource, socket
@@ -49,8 +58,6 @@ def expect_the_limit(action):
         else:
             raise AssertionError("no error")
 """
-
-BACKENDS = [name for name, backend in _backends.BACKENDS.items() if backend.available()]
 
 
 def open_fds() -> dict[int, str]:

@@ -151,6 +151,15 @@ def by_queue(ctx: Any, memory: Memory, buffer: SharedBuffer) -> Any:
     return result
 
 
+def by_joinable_queue(ctx: Any, memory: Memory, buffer: SharedBuffer) -> Any:
+    requests, results = ctx.JoinableQueue(), ctx.JoinableQueue()
+    result = by_queues(ctx, requests, results, memory, buffer)
+    for queue in (requests, results):
+        queue.close()
+        queue.join_thread()
+    return result
+
+
 def by_simple_queue(ctx: Any, memory: Memory, buffer: SharedBuffer) -> Any:
     requests, results = ctx.SimpleQueue(), ctx.SimpleQueue()
     result = by_queues(ctx, requests, results, memory, buffer)
@@ -172,6 +181,7 @@ CHANNELS = [
     by_executor,
     by_pipe,
     by_queue,
+    by_joinable_queue,
     by_simple_queue,
     by_manager,
 ]

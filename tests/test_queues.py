@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import gc
 import multiprocessing
 import os
@@ -133,6 +134,33 @@ def test_errors_are_raised_where_the_mistake_is() -> None:
     queue.join()
     with pytest.raises(ValueError, match="too many times"):
         queue.task_done()
+
+
+class Broken:
+    """Cannot be unpickled."""
+
+    def __reduce__(self) -> Any:
+        return int, ("not a number",)
+
+
+def test_what_cannot_be_unpickled_is_gone_and_the_next_is_fine() -> None:
+    queue = queues.Queue(2)
+    for get in (queue.get, queue.get_nowait, lambda: queue.get(timeout=10)):
+        queue.put([Memory(10), np.zeros(100_000), Broken()])
+        queue.put("next")
+        with pytest.raises(ValueError, match="not a number"):
+            get()
+        assert (queue.get(), queue.qsize()) == ("next", 0)
+
+
+def test_a_foreign_datagram_in_a_queue_takes_and_gives_no_place() -> None:
+    queue = queues.Queue(2)
+    os.write(queue._writer.fileno(), b"foreign")
+    queue.put("next")
+    with pytest.raises(OSError, match="expected a message of mpmemory") as error:
+        queue.get()
+    assert error.value.errno == errno.EBADMSG
+    assert (queue.get(), queue.qsize()) == ("next", 0)
 
 
 def work(requests: Any, results: Any) -> None:

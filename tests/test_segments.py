@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import resource
 from typing import Any
 
 import numpy as np
@@ -47,6 +48,22 @@ def test_a_segment_is_not_used_again_before_its_last_array_is_gone(pipe: Any) ->
     assert len(_segments.Lease._held) == 1
     del first
     assert len(_segments.Lease._held) == 0
+
+
+def test_beyond_the_budget_arrays_are_copies_like_the_others(pipe: Any) -> None:
+    left, right = pipe
+    array, readonly = np.arange(20_000), np.arange(20_000)
+    readonly.flags.writeable = False
+    kept = []
+    for _ in range(300):
+        left.send([array, readonly, bytes(100_000)])
+        kept.append(right.recv())
+    assert len(_segments.Lease._held) == min(256, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 4)
+    for first, second, third in kept:
+        assert (first.flags.writeable, second.flags.writeable, len(third)) == (True, False, 100_000)
+        assert (first == array).all()
+        assert (second == array).all()
+        first[:] = -1
 
 
 @pytest.mark.usefixtures("_never_idle")
@@ -149,7 +166,7 @@ def test_five_thousand_arrays_from_a_queue_are_kept_and_given_up(run_python: Any
         "    with open('/proc/self/statm') as file: return int(file.read().split()[1]) * resource.getpagesize()\n"
         "ctx = mpmemory.get_context('fork')\n"
         "queue = ctx.Queue(100)\n"
-        "child = ctx.Process(target=write, args=(queue,))\n"
+        "child = ctx.Process(target=write, args=(queue,), daemon=True)\n"
         "child.start()\n"
         "fds, memory = os.listdir('/proc/self/fd'), resident()\n"
         "kept = [queue.get() for _ in range(5000)]\n"
