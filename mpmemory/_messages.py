@@ -216,14 +216,14 @@ class Datagram:
         return cls(data, [OwnedFd(number) for number in numbers], truncated)
 
     @property
-    def tag(self) -> int:
-        """What it was packed with; 0 if it is no message of ours."""
-        return int(_TAG.unpack_from(self._data)[0]) if len(self._data) >= _HEADER.size else 0
+    def is_ours(self) -> bool:
+        """Whether it looks like a message of this package."""
+        return len(self._data) >= _HEADER.size and self._data.startswith(_MAGIC)
 
     @property
-    def is_big(self) -> bool:
-        """Whether its payload is in a segment."""
-        return bool(self._data[2] & _IN_SEGMENT)
+    def tag(self) -> int:
+        """What it was packed with. Of those only that are ours."""
+        return int(_TAG.unpack_from(self._data)[0])
 
     def send(self, sock: socket.socket, *, wait: bool = True) -> bool:
         """Send it, and return True; False if not `wait` and the socket's buffer is full. Raises OSError."""

@@ -276,7 +276,8 @@ class Queue(Shareable):
                 with contextlib.suppress(BlockingIOError):
                     datagram = self._reader.receive_datagram(wait=False)
                     break
-        self._places.add()  # before anything can go wrong with it
+        if datagram.is_ours:  # what somebody else has sent here took no place
+            self._places.add()  # before anything can go wrong with it
         return datagram.open().object()
 
     def put_nowait(self, obj: object) -> None:
