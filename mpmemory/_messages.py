@@ -13,7 +13,7 @@ Layout of a datagram, numbers little-endian:
 
 Layout of a segment in use, offsets in bytes, all parts but the table aligned to 64:
 
-    0             table: for each buffer u64 offset, u64 length (highest bit set: read-only)
+    0             table: for each buffer u64 offset, u64 length
     ...           payload
     ...           buffer, buffer ...
 
@@ -43,7 +43,8 @@ from .reduction import MessageFd, in_message
 #: A payload of up to so many bytes travels in the datagram itself.
 INLINE_MAX = 32 << 10
 
-#: A buffer of less bytes is copied into the pickle, which is cheaper than a place of its own.
+#: A buffer of less bytes is copied into the pickle, which is cheaper than a place of its own. Not more than
+#: 64 KB: what is larger, the pickler hands over without a copy, as an object without a length.
 BUFFER_MIN = 16 << 10
 
 _HEADER = struct.Struct("<2sBxIQQQ")
@@ -51,7 +52,6 @@ _TAG = struct.Struct("<8xQ")
 _ENTRY = struct.Struct("<QQ")
 _MAGIC = b"mM"
 _BYTES, _PICKLE, _IN_SEGMENT = 0, 1, 2
-_READONLY = 1 << 63
 _DONTWAIT = int(socket.MSG_DONTWAIT)
 
 # How long to wait before trying again when too many descriptors are under way, in seconds.
@@ -117,10 +117,7 @@ class Message:
 
         def take(buffer: pickle.PickleBuffer) -> bool:
             """Return whether the buffer is to go into the pickle."""
-            try:
-                raw = buffer.raw()
-            except BufferError:  # not contiguous
-                return True
+            raw = buffer.raw()  # contiguous: the pickler refuses others
             if raw.nbytes < BUFFER_MIN:
                 return True
             buffers.append(raw)
@@ -146,7 +143,7 @@ class Message:
     def detach(self) -> None:
         """Copy what still belongs to the caller, so that the message can wait."""
         self._pieces = [bytes(piece) for piece in self._pieces]
-        self._buffers = [_copy(buffer) for buffer in self._buffers]
+        self._buffers = [memoryview(bytes(buffer)) for buffer in self._buffers]
 
     def pack(self, tag: int = 0, *, inline: bool = True) -> Datagram:
         """Return what is to be sent; big payloads, or any if not `inline`, are copied into a segment now.
@@ -177,14 +174,10 @@ class Message:
         for buffer in self._buffers:
             end = _align(end)
             parts.append((end, buffer))
-            table += _ENTRY.pack(end, len(buffer) | (_READONLY if buffer.readonly else 0))
+            table += _ENTRY.pack(end, len(buffer))
             end += len(buffer)
         parts.append((0, memoryview(table)))
         return parts, end
-
-
-def _copy(buffer: memoryview) -> memoryview:
-    return memoryview(bytes(buffer) if buffer.readonly else bytearray(buffer))
 
 
 class Datagram:
@@ -294,14 +287,12 @@ def _open_segment(fd: OwnedFd, length: int, count: int) -> tuple[memoryview, lis
     with memoryview(lease.mapping) as view:
         entries = list(_ENTRY.iter_unpack(view[: _ENTRY.size * count]))
     parts: list[Any] = []
-    for offset, marked in entries:
-        nbytes = marked & ~_READONLY
+    for offset, nbytes in entries:
         if offset + nbytes > size:
             raise _bad(f"a buffer of {nbytes} bytes at {offset} of a segment of {size} bytes")
-        part: Any = lease.view(offset, nbytes)
-        if not keep:
-            part = bytearray(part)
-        parts.append(memoryview(part).toreadonly() if marked & _READONLY else part)
+        # Writable: the pickle itself says which are to be read-only.
+        part = lease.view(offset, nbytes)
+        parts.append(part if keep else bytearray(part))
     payload = lease.view(start, length)
     return (payload if keep else memoryview(bytes(payload))), parts
 

@@ -50,6 +50,9 @@ SMALL = 8 << 10
 #: The load of a big task: few are sent ahead, since their memory is in use meanwhile.
 BIG = 4
 
+#: Feeders wait while so many tasks wait for a worker with room.
+PENDING = 64
+
 #: How long terminated workers have for their own end until they are killed, in seconds.
 GRACE = 1.0
 
@@ -351,7 +354,7 @@ class Scheduler:
             while self._state != TERMINATE:
                 if window is not None and window.is_unwanted():
                     return False
-                if not self._pending and any(worker.has_room() for worker in self._workers):
+                if len(self._pending) < PENDING:
                     if window is None or self._state == CLOSE:
                         return True
                     if window.is_open():
@@ -438,7 +441,7 @@ class Scheduler:
             self._send(worker, task)
         with self._lock:
             self._balance()
-            if self._feeders_waiting and any(w.has_room() and w.load <= FULL // 2 for w in self._workers):
+            if self._feeders_waiting and len(self._pending) <= PENDING // 4:
                 self._room.notify_all()
 
     def _balance(self) -> None:
