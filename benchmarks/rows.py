@@ -7,10 +7,13 @@ import fcntl
 import mmap
 import multiprocessing
 import os
+import signal
 import socket
 import subprocess
 import sys
 from collections.abc import Callable, Generator, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from functools import partial
 from multiprocessing.connection import Connection
 from multiprocessing.shared_memory import SharedMemory
@@ -19,10 +22,11 @@ from typing import Any
 import numpy as np
 
 import mpmemory
-from mpmemory import PAGE_SIZE, Memory, Seal, SharedBuffer
+from mpmemory import PAGE_SIZE, Memory, Seal, SharedBuffer, WorkerLostError
 
 from .measure import Comparison, Side, shielded
 
+Array = np.ndarray[Any, Any]
 Row = Callable[[], Generator[Comparison, None, None]]
 
 SMALL = 4096
@@ -175,13 +179,151 @@ def message() -> Generator[Comparison, None, None]:
             ("an int", 1, 200),
             ("a Memory", memory, 20),
             ("an array of 1 MB", np.ones(1 << 17), 10),
+            ("an array of 16 MB", np.ones(1 << 21), 2),
             ("an array of 64 MB", np.ones(1 << 23), 1),
         ):
+            peers = [Side("the stock Pipe", partial(_round_trip, stock, item))]
+            if isinstance(item, np.ndarray):
+                peers.append(Side("two memcpys", partial(_copy_twice, item, np.empty_like(item))))
             yield Comparison(
-                calls,
-                Side(f"{name} over our Pipe and back", partial(_round_trip, ours, item)),
-                (Side("the stock Pipe", partial(_round_trip, stock, item)),),
+                calls, Side(f"{name} over our Pipe and back", partial(_round_trip, ours, item)), tuple(peers)
             )
+
+
+def _copy_twice(source: Array, target: Array) -> None:
+    target[:] = source
+    source[:] = target
+
+
+# --- pools ----------------------------------------------------------------------------------------
+
+
+def pool() -> Generator[Comparison, None, None]:
+    """Latency and throughput of tasks that do nothing."""
+    with _pools() as (ours, stock, executor), Memory(SMALL) as memory:
+        yield Comparison(
+            50,
+            Side("Pool.apply of nothing", partial(ours.apply, _same, (1,))),
+            (
+                Side("the stock Pool", partial(stock.apply, _same, (1,))),
+                Side("ProcessPoolExecutor", lambda: executor.submit(_same, 1).result()),
+            ),
+        )
+        yield Comparison(
+            50,
+            Side("a handle through our Pool and back", partial(_echo_handle, ours, memory)),
+            (
+                Side("an int", partial(ours.apply, _same, (1,))),
+                Side("the stock Pool", partial(_echo_handle, stock, memory)),
+            ),
+        )
+        yield Comparison(
+            1,
+            Side("Pool.imap of 1000 times nothing", partial(_drain, ours.imap)),
+            (
+                Side("the stock Pool", partial(_drain, stock.imap)),
+                Side("ProcessPoolExecutor", partial(_drain, executor.map)),
+                *_joblib(lambda parallel, delayed: parallel(delayed(_same)(x) for x in range(1000))),
+            ),
+        )
+
+
+def pool_arrays() -> Generator[Comparison, None, None]:
+    """Arrays to a worker and back."""
+    with _pools() as (ours, stock, executor):
+        for size in (0.1, 1, 16, 64, 256):
+            array = np.ones(int(size * (1 << 17)))
+            yield Comparison(
+                10 if size < 16 else 1,
+                Side(f"{size} MB through our Pool and back", partial(ours.apply, _same, (array,))),
+                (
+                    Side("the stock Pool", partial(stock.apply, _same, (array,))),
+                    Side("ProcessPoolExecutor", partial(_submit, executor, array)),
+                    *_joblib(partial(_joblib_echo, array)),
+                ),
+            )
+        yield Comparison(
+            1,
+            Side("1000 results of 600 KB kept, our Pool", partial(_keep, ours)),
+            (Side("the stock Pool", partial(_keep, stock)),),
+        )
+
+
+def pool_deaths() -> Generator[Comparison, None, None]:
+    """A worker is killed: until its task fails, and the next one has been done."""
+    with mpmemory.get_context("fork").Pool(2) as ours:
+        yield Comparison(
+            1,
+            Side("a killed worker, and another task", partial(_survive, ours)),
+            (Side("a new ProcessPoolExecutor", _replace_executor),),
+        )
+
+
+@contextlib.contextmanager
+def _pools() -> Iterator[tuple[Any, Any, ProcessPoolExecutor]]:
+    """Start two workers of each kind, and let all of them work."""
+    with shielded():
+        ours = mpmemory.get_context("forkserver").Pool(2)
+        stock = multiprocessing.get_context("forkserver").Pool(2)
+        executor = ProcessPoolExecutor(2, multiprocessing.get_context("forkserver"))
+    with ours, stock, executor:
+        for run in (ours.map, stock.map, executor.map):
+            list(run(_same, range(20)))
+        yield ours, stock, executor
+
+
+def _same(item: Any) -> Any:
+    return item
+
+
+def _echo_handle(pool: Any, memory: Memory) -> None:
+    pool.apply(_same, (memory,)).close()
+
+
+def _submit(executor: ProcessPoolExecutor, item: object) -> object:
+    return executor.submit(_same, item).result()
+
+
+def _drain(imap: Callable[..., Iterator[object]]) -> None:
+    for _ in imap(_same, range(1000)):
+        pass
+
+
+def _keep(pool: Any) -> None:
+    kept = list(pool.imap_unordered(np.zeros, [75_000] * 1000))
+    assert len(kept) == 1000
+
+
+def _joblib(run: Callable[[Any, Any], object]) -> tuple[Side, ...]:
+    """Return a side that runs joblib (loky), if it is installed."""
+    try:
+        from joblib import Parallel, delayed
+    except ImportError:
+        return ()
+    # Its workers stay; with memmapping it would write arrays to files, once, and share those.
+    return (Side("joblib", lambda: run(Parallel(n_jobs=2, max_nbytes=None), delayed)),)
+
+
+def _joblib_echo(array: Array, parallel: Any, delayed: Any) -> object:
+    return parallel([delayed(_same)(array)])
+
+
+def _die() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _survive(pool: Any) -> None:
+    with contextlib.suppress(WorkerLostError):
+        pool.apply(_die)
+    pool.apply(_same, (1,))
+
+
+def _replace_executor() -> None:
+    fork = multiprocessing.get_context("fork")
+    with ProcessPoolExecutor(2, fork) as broken, contextlib.suppress(BrokenProcessPool):
+        broken.submit(_die).result()
+    with ProcessPoolExecutor(2, fork) as executor:
+        executor.submit(_same, 1).result()
 
 
 # --- starting a process ---------------------------------------------------------------------------
@@ -237,6 +379,9 @@ ROWS: dict[str, Row] = {
     "large": large,
     "handle": handle,
     "message": message,
+    "pool": pool,
+    "pool-arrays": pool_arrays,
+    "pool-deaths": pool_deaths,
     "start": start,
     "import": imports,
 }
