@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import operator
 import os
 import select
 import sys
@@ -42,13 +43,13 @@ from .connection import Connection, Pipe
 from .errors import PoolError, WorkerLostError, describe_exit
 
 #: The load of a worker that gets no more tasks: so many small ones, the running one included.
-FULL = 8
+FULL = 16
 
 #: A small task counts once for each so many bytes.
 SMALL = 8 << 10
 
 #: The load of a big task: few are sent ahead, since their memory is in use meanwhile.
-BIG = 4
+BIG = 8
 
 #: Feeders wait while so many tasks wait for a worker with room.
 PENDING = 64
@@ -430,15 +431,21 @@ class Scheduler:
 
     def _dispatch(self) -> None:
         """Give what is pending to workers with room, and to idle ones what others have not read yet."""
-        while True:
-            with self._lock:
-                if not self._pending or self._state == TERMINATE:
-                    break
-                worker = self._reserve(self._pending[0])
-                if worker is None:
-                    break
+        # Many to one worker at a time, and only when it has done half of what it had: to wake up a worker
+        # takes longer than to send a task.
+        given: dict[Worker, list[Task]] = {}
+        with self._lock:
+            hungry = [worker for worker in self._workers if worker.has_room() and worker.load <= FULL // 2]
+            while self._pending and hungry:
+                worker = min(hungry, key=_load)
                 task = self._pending.popleft()
-            self._send(worker, task)
+                worker.reserve(task)
+                given.setdefault(worker, []).append(task)
+                if not worker.has_room():
+                    hungry.remove(worker)
+        for worker, tasks in given.items():
+            for task in tasks:
+                self._send(worker, task)
         with self._lock:
             self._balance()
             if self._feeders_waiting and len(self._pending) <= PENDING // 4:
@@ -710,6 +717,8 @@ class Scheduler:
         self._lifeline.let_go()
         self._wake_fd = OwnedFd(-1)
 
+
+_load = operator.attrgetter("load")
 
 # Those of this process, for a child of whatever fork.
 _schedulers: weakref.WeakSet[Scheduler] = weakref.WeakSet()

@@ -42,7 +42,7 @@ else:
 
 
 #: By default an imap is ahead of who takes its results by so many tasks for each worker.
-BUFFER_PER_WORKER = 32
+BUFFER_PER_WORKER = 64
 
 
 class Pool(pool.Pool):
@@ -135,7 +135,7 @@ class Pool(pool.Pool):
         """Return an iterator over `func(item)` for each item, in their order.
 
         The iterable is read by a thread, which is ahead of who takes the results by `buffersize` tasks
-        of `chunksize` items (32 tasks for each worker if None): endless ones work. That limit ends with
+        of `chunksize` items (64 tasks for each worker if None): endless ones work. That limit ends with
         `close`. What is never iterated over is done all the same; what is dropped halfway is not.
 
         Raises ValueError for other sizes than positive ones, or if the pool is not running.
