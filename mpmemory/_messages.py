@@ -58,14 +58,11 @@ _DONTWAIT = int(socket.MSG_DONTWAIT)
 _RETRY_INTERVAL = 0.002
 
 
-class _Pieces:
+class _Pieces(list[Any]):
     """A file that keeps what is written to it in pieces, without copying."""
 
-    def __init__(self) -> None:
-        self.pieces: list[Any] = []
-
-    def write(self, data: Any) -> None:
-        self.pieces.append(data)
+    __slots__ = ()
+    write = list.append
 
 
 def _dup(owner: socket.socket | connection.Connection) -> MessageFd:
@@ -111,7 +108,7 @@ class Message:
     @classmethod
     def of_object(cls, obj: object) -> Message:
         """Pickle `obj`; its big buffers are not copied yet. Raises what pickling raises, or OSError."""
-        file = _Pieces()
+        pieces = _Pieces()
         buffers: list[memoryview] = []
         fds: dict[OwnedFd, int] = {}
 
@@ -125,10 +122,10 @@ class Message:
 
         before, in_message.outgoing = in_message.outgoing, fds
         try:
-            _Pickler(file, 5, buffer_callback=take).dump(obj)
+            _Pickler(pieces, 5, buffer_callback=take).dump(obj)
         finally:
             in_message.outgoing = before
-        return cls(_PICKLE, file.pieces, buffers, list(fds))
+        return cls(_PICKLE, pieces, buffers, list(fds))
 
     @classmethod
     def of_bytes(cls, data: memoryview) -> Message:
@@ -152,7 +149,7 @@ class Message:
         """
         if inline and not self.is_big:
             header = _HEADER.pack(_MAGIC, self._kind, len(self._fds), tag, self.length, 0)
-            return Datagram(b"".join((header, *self._pieces)), self._fds)
+            return Datagram(header + (self._pieces[0] if len(self._pieces) == 1 else b"".join(self._pieces)), self._fds)
         parts, size = self._layout()
         segment = _segments.warm.take(size)
         try:
@@ -206,7 +203,7 @@ class Datagram:
             data, numbers, truncated = recv_message(sock, _HEADER.size + INLINE_MAX, 0 if wait else _DONTWAIT)
         if not data and not numbers:
             raise EOFError("the peer is gone")
-        return cls(data, [OwnedFd(number) for number in numbers], truncated)
+        return cls(data, [OwnedFd(number) for number in numbers] if numbers else [], truncated)
 
     @property
     def is_ours(self) -> bool:
@@ -224,12 +221,30 @@ class Datagram:
             raise truncation()
         return _send(sock, self._data, self._fds, wait)
 
-    def open(self) -> Received:
-        """Find out what it is.
+    def object(self) -> Any:
+        """Unpickle what came. Raises what unpickling raises, and as `bytes`."""
+        _, payload, buffers, fds = self._parse()
+        if not fds:
+            return pickle.loads(payload, buffers=buffers)
+        before, in_message.incoming = in_message.incoming, fds
+        try:
+            return pickle.loads(payload, buffers=buffers)
+        finally:
+            in_message.incoming = before
 
-        Raises OSError: EBADMSG if it is no message of ours; EMFILE if no descriptor was left for what it
-        carries; ENOMEM. What belongs to it is then closed.
+    def bytes(self) -> memoryview:
+        """Return what was sent by `send_bytes`, or the pickle of an object that consists of nothing else.
+
+        Raises OSError: EBADMSG if it is no message of ours, or more than bytes; EMFILE if no descriptor was
+        left for what it carries; ENOMEM.
         """
+        kind, payload, buffers, fds = self._parse()
+        if kind & _PICKLE and (buffers or fds):
+            raise OSError(errno.EBADMSG, "expected bytes, found an object with buffers or descriptors")
+        return payload
+
+    def _parse(self) -> tuple[int, memoryview, list[Any], list[OwnedFd]]:
+        """Return the kind, the payload, and the buffers and descriptors that belong to it."""
         if self._truncated:
             raise truncation()
         data, fds = self._data, self._fds
@@ -244,37 +259,11 @@ class Datagram:
             if not fds:
                 raise _bad("no segment")
             payload, parts = _open_segment(fds[-1], length, buffers)
-            return Received(bool(kind & _PICKLE), payload, parts, fds[:-1])
+            return kind, payload, parts, fds[:-1]
         payload = memoryview(data)[_HEADER.size :]
         if len(payload) != length or buffers:
             raise _bad(f"{len(payload)} bytes instead of {length}")
-        return Received(bool(kind & _PICKLE), payload, [], fds)
-
-
-class Received:
-    """A message that has come, with what belongs to it; nothing is unpickled yet."""
-
-    __slots__ = ("_buffers", "_fds", "_is_pickle", "_payload")
-
-    def __init__(self, is_pickle: bool, payload: memoryview, buffers: list[Any], fds: list[OwnedFd]) -> None:
-        self._is_pickle = is_pickle
-        self._payload = payload
-        self._buffers = buffers
-        self._fds = fds
-
-    def object(self) -> Any:
-        """Unpickle it. Raises what unpickling raises."""
-        before, in_message.incoming = in_message.incoming, self._fds
-        try:
-            return pickle.loads(self._payload, buffers=self._buffers)
-        finally:
-            in_message.incoming = before
-
-    def bytes(self) -> memoryview:
-        """Return what was sent by `send_bytes`, or the pickle of an object that consists of nothing else."""
-        if self._is_pickle and (self._buffers or self._fds):
-            raise OSError(errno.EBADMSG, "expected bytes, found an object with buffers or descriptors")
-        return self._payload
+        return kind, payload, [], fds
 
 
 def _open_segment(fd: OwnedFd, length: int, count: int) -> tuple[memoryview, list[Any]]:

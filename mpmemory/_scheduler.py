@@ -751,7 +751,7 @@ def _kill(workers: list[Worker]) -> None:
 def _open(datagram: Datagram) -> Any:
     """Return the outcome that a worker has sent; if that cannot be unpickled, the error as the outcome."""
     try:
-        return datagram.open().object()
+        return datagram.object()
     except BaseException as error:
         error.add_note("It was raised while the result of a task of a pool was unpickled.")
         return False, error

@@ -90,7 +90,7 @@ def _next_task(channel: Connection) -> Datagram:
 def _run_task(task: Datagram, interrupts: _Interrupts) -> Datagram:
     """Return the result, packed. Raises SystemExit only: that ends the worker, and its task fails."""
     try:
-        func, args, kwds = task.open().object()
+        func, args, kwds = task.object()
         value = interrupts.call(func, args, kwds)
     except SystemExit:
         raise
@@ -110,7 +110,7 @@ def _failure(tag: int, error: BaseException) -> Datagram:
     try:
         packed = Message.of_object((False, ExceptionWithTraceback(error, trace))).pack(tag)
         # Exceptions with arguments of their own often pickle, but do not unpickle.
-        packed.open().object()
+        packed.object()
         return packed
     except Exception as problem:
         replaced = MaybeEncodingError(problem, _Shortened(error))

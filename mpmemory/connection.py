@@ -17,7 +17,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, SupportsIndex
 
 from ._fds import LostFd, OwnedFd, dup
-from ._messages import Datagram, Message, Received
+from ._messages import Datagram, Message
 from .memory import flat_view
 from .reduction import Shareable, release_launched, share_fd
 
@@ -124,7 +124,7 @@ class Connection(Shareable):
     def send_datagram(self, datagram: Datagram, *, wait: bool = True) -> bool:
         """Send what was packed before; see `Datagram.send`."""
         try:
-            return datagram.send(self._open(), wait=wait)
+            return datagram.send(self._check_writable(), wait=wait)
         except ConnectionResetError:
             raise BrokenPipeError("the peer is gone") from None
 
@@ -136,7 +136,7 @@ class Connection(Shareable):
         Raises EOFError if the peer is gone; what unpickling raises; OSError (EBADMSG) if it is no message of
         ours, or (EMFILE) if no descriptor is left for what it carries. Other messages are not affected.
         """
-        return self.receive().object()
+        return self.receive_datagram().object()
 
     def recv_bytes(self, maxlength: SupportsIndex | None = None) -> bytes:
         """Wait for a message, and return its bytes: those of `send_bytes`, or of a pickle without big buffers.
@@ -146,7 +146,7 @@ class Connection(Shareable):
         """
         if maxlength is not None and operator.index(maxlength) < 0:
             raise ValueError(f"maxlength must not be negative, found {maxlength}")
-        payload = self.receive().bytes()
+        payload = self.receive_datagram().bytes()
         if maxlength is not None and len(payload) > operator.index(maxlength):
             raise OSError(f"expected a message of at most {maxlength} bytes, found {len(payload)}")
         return bytes(payload)
@@ -160,7 +160,7 @@ class Connection(Shareable):
             start = operator.index(offset)
             if not 0 <= start <= len(target):
                 raise ValueError(f"offset {start} is not within {len(target)} bytes")
-            payload = self.receive().bytes()
+            payload = self.receive_datagram().bytes()
             if start + len(payload) > len(target):
                 raise BufferTooShort(bytes(payload))
             target[start : start + len(payload)] = payload
@@ -168,17 +168,11 @@ class Connection(Shareable):
 
     def poll(self, timeout: float | None = 0.0) -> bool:
         """Return whether there is something to receive, or the peer is gone, within `timeout` seconds (None: ever)."""
-        self._check_readable()
-        return bool(wait([self._open()], timeout))
-
-    def receive(self, *, wait: bool = True) -> Received:
-        """Receive a message, not unpickled yet; if not `wait`, raise BlockingIOError if there is none."""
-        return self.receive_datagram(wait=wait).open()
+        return bool(wait([self._check_readable()], timeout))
 
     def receive_datagram(self, *, wait: bool = True) -> Datagram:
-        """Receive what can be opened later, or sent on; see `Datagram.receive`."""
-        self._check_readable()
-        return Datagram.receive(self._open(), wait=wait)
+        """Receive a message, not unpickled yet; see `Datagram.receive`."""
+        return Datagram.receive(self._check_readable(), wait=wait)
 
     # --- its end ---
 
@@ -213,15 +207,17 @@ class Connection(Shareable):
             raise OSError("the connection is closed")  # as in multiprocessing
         return self._sock
 
-    def _check_readable(self) -> None:
-        self._open()
+    def _check_readable(self) -> socket.socket:
+        sock = self._sock or self._open()
         if not self._readable:
             raise OSError("the connection is write-only")
+        return sock
 
-    def _check_writable(self) -> None:
-        self._open()
+    def _check_writable(self) -> socket.socket:
+        sock = self._sock or self._open()
         if not self._writable:
             raise OSError("the connection is read-only")
+        return sock
 
     def _reduce(self) -> tuple[Callable[..., Self], tuple[Any, ...]]:
         shared = share_fd(OwnedFd(dup(self.fileno())))

@@ -278,7 +278,7 @@ class Queue(Shareable):
                     break
         if datagram.is_ours:  # what somebody else has sent here took no place
             self._places.add()  # before anything can go wrong with it
-        return datagram.open().object()
+        return datagram.object()
 
     def put_nowait(self, obj: object) -> None:
         """`put(obj, False)`."""
