@@ -231,7 +231,7 @@ def pool() -> Generator[Comparison, None, None]:
 def pool_arrays() -> Generator[Comparison, None, None]:
     """Arrays to a worker and back."""
     with _pools() as (ours, stock, executor):
-        for size in (0.1, 1, 16, 64, 256):
+        for size in (0.1, 1, 16, 64):
             array = np.ones(int(size * (1 << 17)))
             yield Comparison(
                 10 if size < 16 else 1,

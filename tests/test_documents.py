@@ -45,9 +45,8 @@ def test_links_of_the_readme_lead_somewhere() -> None:
 
 
 def test_there_are_all_examples() -> None:
-    assert {"basic_sharing.py", "fd_passing.py", "worker_pool.py", "alignment.py", "batch.py", "word_count.py"} <= set(
-        EXAMPLES
-    )
+    names = "basic_sharing fd_passing worker_pool alignment batch surviving_pool word_count"
+    assert {f"{name}.py" for name in names.split()} <= set(EXAMPLES)
 
 
 @pytest.mark.parametrize("method", START_METHODS)
