@@ -104,6 +104,7 @@ class Window:
         self.abandoned = False  # nobody can take any more
         self.waited_for = False
         self._iterator: Any = iterator
+        self.job: int = self._iterator._job
         self._size = size
 
     def _ahead(self) -> int:
@@ -309,6 +310,8 @@ class Scheduler:
         try:
             threading.Thread(target=self._feed, args=arguments, name="mpmemory-pool-feeder", daemon=True).start()
         except RuntimeError:  # no thread can be started: the limit, or near the end of the process
+            if window is not None:
+                window.abandoned = True  # nobody can take results meanwhile
             self._feed(*arguments)
 
     def _feed(
@@ -334,7 +337,9 @@ class Scheduler:
             if count < expected:
                 raise ValueError(f"the iterable gave less than its length: {count} chunks instead of {expected}")
             if set_length is not None:
-                set_length(count)
+                with self._ending:  # an iterator that has failed has its length
+                    if window is None or window.job in self.results:
+                        set_length(count)
         except BaseException as error:
             if job is not None:
                 self._broken_jobs.append((job, error))
@@ -357,12 +362,12 @@ class Scheduler:
                 if len(self._pending) < PENDING:
                     if window is None or self._state == CLOSE:
                         return True
+                    window.waited_for = True  # before looking: who takes a result looks at it afterwards
                     if window.is_open():
+                        window.waited_for = False
                         window.fed += 1
                         return True
                 self._feeders_waiting += 1
-                if window is not None:
-                    window.waited_for = True
                 try:
                     self._room.wait()
                 finally:
@@ -555,7 +560,11 @@ class Scheduler:
 
     def _set(self, job: int, index: int, outcome: tuple[bool, Any]) -> None:
         result = self.results.get(job)
-        if result is not None:
+        if isinstance(result, IMapIterator):
+            with self._ending:  # one that has failed takes no more
+                if job in self.results:
+                    result._set(index, outcome)  # type: ignore[attr-defined]
+        elif result is not None:
             try:
                 result._set(index, outcome)
             except BaseException:  # of a callback of the user's: multiprocessing's pool hangs
@@ -709,6 +718,8 @@ class Scheduler:
                 worker.forget()
         self._lifeline.let_go()
         self._wake_fd = OwnedFd(-1)
+        # Another thread of the parent may have held the lock. A child that drops an imap's results takes it.
+        self._room = threading.Condition()
 
 
 # Those of this process, for a child of whatever fork.
