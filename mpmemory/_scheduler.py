@@ -430,7 +430,7 @@ class Scheduler:
             with contextlib.suppress(ValueError):
                 self._pending.remove(task)
             for worker in self._workers:
-                if task.tag in worker.tasks and task.datagram is not None:
+                if task.datagram is not None or task.message is not None:
                     worker.unreserve(task)
 
     def _dispatch(self) -> None:
@@ -473,7 +473,9 @@ class Scheduler:
         """Take a task back that the worker has not read yet, if there is one."""
         while (datagram := worker.take_back()) is not None:
             if datagram.tag == ABOUT_WORKER:
-                if worker.leaving and not worker.dead:
+                if worker.dead:
+                    continue  # a task may be behind it, of a thread that was slower
+                if worker.leaving:
                     worker.leave()
                 return None
             task = worker.tasks.get(datagram.tag)
