@@ -104,7 +104,7 @@ class Window:
         self.abandoned = False  # nobody can take any more
         self.waited_for = False
         self._iterator: Any = iterator
-        self.job: int = self._iterator._job
+        self.job: int = iterator._job  # type: ignore[attr-defined]
         self._size = size
 
     def _ahead(self) -> int:
