@@ -105,6 +105,7 @@ class Window:
         self.abandoned = False  # nobody can take any more
         self.waited_for = False
         self._iterator: Any = iterator
+        self.job: int = iterator._job  # type: ignore[attr-defined]
         self._size = size
 
     def _ahead(self) -> int:
@@ -310,6 +311,8 @@ class Scheduler:
         try:
             threading.Thread(target=self._feed, args=arguments, name="mpmemory-pool-feeder", daemon=True).start()
         except RuntimeError:  # no thread can be started: the limit, or near the end of the process
+            if window is not None:
+                window.abandoned = True  # nobody can take results meanwhile
             self._feed(*arguments)
 
     def _feed(
@@ -335,7 +338,9 @@ class Scheduler:
             if count < expected:
                 raise ValueError(f"the iterable gave less than its length: {count} chunks instead of {expected}")
             if set_length is not None:
-                set_length(count)
+                with self._ending:  # an iterator that has failed has its length
+                    if window is None or window.job in self.results:
+                        set_length(count)
         except BaseException as error:
             if job is not None:
                 self._broken_jobs.append((job, error))
@@ -358,12 +363,12 @@ class Scheduler:
                 if len(self._pending) < PENDING:
                     if window is None or self._state == CLOSE:
                         return True
+                    window.waited_for = True  # before looking: who takes a result looks at it afterwards
                     if window.is_open():
+                        window.waited_for = False
                         window.fed += 1
                         return True
                 self._feeders_waiting += 1
-                if window is not None:
-                    window.waited_for = True
                 try:
                     self._room.wait()
                 finally:
@@ -426,7 +431,7 @@ class Scheduler:
             with contextlib.suppress(ValueError):
                 self._pending.remove(task)
             for worker in self._workers:
-                if task.tag in worker.tasks and task.datagram is not None:
+                if task.datagram is not None or task.message is not None:
                     worker.unreserve(task)
 
     def _dispatch(self) -> None:
@@ -475,7 +480,9 @@ class Scheduler:
         """Take a task back that the worker has not read yet, if there is one."""
         while (datagram := worker.take_back()) is not None:
             if datagram.tag == ABOUT_WORKER:
-                if worker.leaving and not worker.dead:
+                if worker.dead:
+                    continue  # a task may be behind it, of a thread that was slower
+                if worker.leaving:
                     worker.leave()
                 return None
             task = worker.tasks.get(datagram.tag)
@@ -562,7 +569,11 @@ class Scheduler:
 
     def _set(self, job: int, index: int, outcome: tuple[bool, Any]) -> None:
         result = self.results.get(job)
-        if result is not None:
+        if isinstance(result, IMapIterator):
+            with self._ending:  # one that has failed takes no more
+                if job in self.results:
+                    result._set(index, outcome)  # type: ignore[attr-defined]
+        elif result is not None:
             try:
                 result._set(index, outcome)
             except BaseException:  # of a callback of the user's: multiprocessing's pool hangs
@@ -716,6 +727,8 @@ class Scheduler:
                 worker.forget()
         self._lifeline.let_go()
         self._wake_fd = OwnedFd(-1)
+        # Another thread of the parent may have held the lock. A child that drops an imap's results takes it.
+        self._room = threading.Condition()
 
 
 _load = operator.attrgetter("load")

@@ -9,9 +9,11 @@ import multiprocessing
 import os
 import pickle
 import resource
+import signal
 import threading
 import time
 import warnings
+from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -745,3 +747,95 @@ def test_a_program_without_a_main_guard_ends_with_an_error(run_python: Any) -> N
     )
     assert done.returncode == 1
     assert "PoolError: the pool is broken: 3 workers in a row ended before they could take a task" in done.stderr
+
+
+def test_an_imap_ends_that_is_terminated_while_its_iterable_ends() -> None:
+    ending = threading.Event()
+
+    def numbers() -> Iterator[int]:
+        yield 1
+        ending.wait(PATIENCE)
+
+    with mpmemory.Pool(1) as pool:
+        results = pool.imap(square, numbers())
+        assert next(results) == 1
+        pool.terminate()
+    ending.set()
+    await_true(lambda: all(thread.name != "mpmemory-pool-feeder" for thread in threading.enumerate()))
+    with pytest.raises(PoolError, match="terminated"):
+        results.next(PATIENCE)
+    with pytest.raises(StopIteration):
+        results.next(PATIENCE)
+
+
+def test_a_result_that_is_taken_while_the_feeder_looks() -> None:
+    """The feeder has just seen that it may not go on when the last result is taken: somebody must tell it."""
+    first_is_done, looking, taken = threading.Event(), threading.Event(), threading.Event()
+    consumer = threading.current_thread()
+
+    class Items(deque[Any]):
+        def __len__(self) -> int:
+            count = super().__len__()
+            if threading.current_thread() is not consumer and not taken.is_set():
+                looking.set()
+                taken.wait(PATIENCE)
+            return count
+
+        def popleft(self) -> Any:
+            item = super().popleft()
+            taken.set()
+            return item
+
+    def numbers() -> Iterator[int]:
+        yield 1
+        first_is_done.wait(PATIENCE)
+        yield 2
+
+    with mpmemory.Pool(1) as pool:
+        results: Any = pool.imap(square, numbers(), buffersize=1)
+        await_true(lambda: results._iterator._items)
+        # So that nothing else wakes the feeder: the turn with the first result is over.
+        assert pool.apply(square, (3,)) == 9
+        results._iterator._items = Items(results._iterator._items)
+        first_is_done.set()
+        assert looking.wait(PATIENCE)
+        assert results.next(PATIENCE) == 1
+        assert results.next(PATIENCE) == 4
+
+
+def test_an_imap_without_a_thread_for_it() -> None:
+    """As near the end of the process, or at the limit of threads."""
+    with mpmemory.Pool(1) as pool:
+        before = threading.stack_size(1 << 46)  # more than there is
+        try:
+            results = pool.imap(square, range(100), buffersize=1)
+        finally:
+            threading.stack_size(before)
+        assert list(results) == [x * x for x in range(100)]
+
+
+@pytest.mark.filterwarnings("ignore:.*multi-threaded.*:DeprecationWarning")
+def test_a_child_forked_while_the_pool_is_locked_drops_results() -> None:
+    with mpmemory.Pool(1) as pool:
+        results = pool.imap(square, range(3))
+        assert next(results) == 0
+        locked, forked = threading.Event(), threading.Event()
+
+        def hold() -> None:
+            with pool._scheduler._lock:  # type: ignore[attr-defined]
+                locked.set()
+                forked.wait(PATIENCE)
+
+        holder = threading.Thread(target=hold)
+        holder.start()
+        assert locked.wait(PATIENCE)
+        pid = os.fork()
+        if pid == 0:
+            signal.alarm(10)
+            del results
+            gc.collect()
+            os._exit(0)
+        forked.set()
+        holder.join()
+        assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+        assert list(results) == [1, 4]

@@ -351,3 +351,38 @@ def test_an_idle_worker_does_not_mind_an_interrupt(ctx: Any) -> None:
             interrupt_siblings(list(pids))
         assert pool.map(square, range(50), chunksize=1) == [x * x for x in range(50)]
         assert {process.pid for process in pool._pool} >= pids
+
+
+def test_an_interrupt_while_arrays_are_copied_takes_no_room() -> None:
+    def interrupt(frame: Any, event: str, _: object) -> None:
+        if frame.f_code is mpmemory._messages.Message.pack.__code__:  # type: ignore[attr-defined]
+            raise KeyboardInterrupt
+
+    with mpmemory.Pool(1) as pool:
+        for _ in range(10):
+            before = sys.gettrace()
+            sys.settrace(interrupt)
+            try:
+                with pytest.raises(KeyboardInterrupt):
+                    pool.apply_async(echo, (np.ones(1 << 17),))
+            finally:
+                sys.settrace(before)
+        assert pool.apply_async(square, (3,)).get(PATIENCE) == 9
+        pool.close()
+        pool.join()
+
+
+def test_a_task_behind_the_word_to_leave_is_not_lost() -> None:
+    """Of two threads that send the last two tasks of a worker, the slower one sends after the faster one's word."""
+    ours, theirs = mpmemory.Pipe()
+    with ours, theirs, mpmemory.Pool(1) as pool:
+        running = pool.apply_async(wait_for, (theirs,))
+        pid = ours.recv()
+        (worker,) = pool._scheduler._workers  # type: ignore[attr-defined]
+        worker.leave()
+        worker.leaving = False
+        behind = pool.apply_async(square, (3,))
+        os.kill(pid, signal.SIGKILL)
+        with pytest.raises(WorkerLostError):
+            running.get(PATIENCE)
+        assert behind.get(PATIENCE) == 9
