@@ -87,6 +87,9 @@ class Task:
             self.load = 1 + message.length // SMALL
             self.pack()
 
+    def is_sent(self) -> bool:
+        return self.message is None and self.datagram is None
+
     def pack(self) -> Datagram:
         """Return what is to be sent. Raises OSError."""
         if self.datagram is None:
@@ -413,7 +416,7 @@ class Scheduler:
                     worker.sending -= 1
                     if sent:
                         task.datagram = None
-                        if worker.left == 0:
+                        if worker.left == 0 and all(task.is_sent() for task in worker.tasks.values()):
                             worker.leave()
             if not sent:
                 with self._lock:
@@ -431,7 +434,7 @@ class Scheduler:
             with contextlib.suppress(ValueError):
                 self._pending.remove(task)
             for worker in self._workers:
-                if task.datagram is not None or task.message is not None:
+                if not task.is_sent():
                     worker.unreserve(task)
 
     def _dispatch(self) -> None:
@@ -657,7 +660,7 @@ class Scheduler:
                 unread.append(task)
             self._pending.extendleft(reversed(unread))
             # One that is not sent is in the hands of its sender, who sees that the worker is dead.
-            lost = [task for task in worker.tasks.values() if task.datagram is None and task.message is None]
+            lost = [task for task in worker.tasks.values() if task.is_sent()]
         for task in lost:
             self._set(task.job, task.index, (False, WorkerLostError(worker.pid, exitcode)))
         if not worker.ready:

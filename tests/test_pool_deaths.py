@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import pytest
 from conftest import open_fds
-from test_pool import PATIENCE, await_true, echo, once, pid_of_worker, square, wait_for
+from test_pool import PATIENCE, await_true, echo, keep_global, once, pid_of_worker, square, wait_for
 
 import mpmemory
 from mpmemory import Memory, PoolError, WorkerLostError
@@ -386,3 +386,14 @@ def test_a_task_behind_the_word_to_leave_is_not_lost() -> None:
         with pytest.raises(WorkerLostError):
             running.get(PATIENCE)
         assert behind.get(PATIENCE) == 9
+
+
+@pytest.mark.parametrize("method", ["forkserver", "spawn"])
+def test_workers_that_cannot_be_started_any_more_break_the_pool(method: str) -> None:
+    memory = Memory.from_bytes(b"data")
+    with mpmemory.get_context(method).Pool(1, keep_global, (memory,), maxtasksperchild=1) as pool:
+        assert pool.map(square, range(3), chunksize=1) == [0, 1, 4]
+        memory.close()  # the next worker would get it
+        with pytest.raises(PoolError, match=r"could not be started: ValueError.*closed") as broken:
+            pool.map(square, range(10), chunksize=1)
+        assert isinstance(broken.value.__cause__, ValueError)
