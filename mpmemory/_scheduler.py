@@ -21,6 +21,7 @@ import select
 import sys
 import threading
 import time
+import traceback
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterable
@@ -60,8 +61,9 @@ GRACE = 1.0
 #: So many workers that end before they are ready, one after the other, break the pool; not less than it has.
 MAX_FAILED_STARTS = 3
 
-# How often to try again to start a worker, in seconds.
-_RETRY_INTERVAL = 0.5
+# How often to try again to start a worker, and to send when no room is to be expected, in seconds.
+_RETRY_STARTING = 0.5
+_RETRY_SENDING = 0.01
 
 # After CLOSE: all is done, and the workers are leaving.
 PARTING = "PARTING"
@@ -182,10 +184,10 @@ class Worker:
 
     def answered(self, tag: int) -> Task | None:
         """Note that an answer has come. In the scheduler's thread."""
-        self.blocked = False
         task = self.tasks.pop(tag, None)
         if task is not None:
             self.done += task.load
+        self.blocked = False
         return task
 
     def take_back(self) -> Datagram | None:
@@ -224,7 +226,6 @@ class Scheduler:
         self._lock = threading.RLock()
         self._room = threading.Condition(self._lock)  # for feeders
         self._feeders_waiting = 0
-        self._feeders = 0
         self._pending: deque[Task] = deque()  # no worker had room
         self._tags = itertools.count(ABOUT_WORKER + 1)
         self._workers: list[Worker] = []
@@ -234,6 +235,7 @@ class Scheduler:
         self._failed_starts = 0  # in a row
         self._last_end = ""
         self._start_error: BaseException | None = None
+        self._stalled = False  # a socket took nothing, though there is nothing in it
         self._ending = threading.RLock()
         self._lifeline = Lifeline()
         self._wake_fd = OwnedFd(os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK))
@@ -308,8 +310,6 @@ class Scheduler:
         self, tasks: Iterable[tuple[Any, ...]], set_length: Callable[[int], None] | None, window: Window | None = None
     ) -> None:
         """Submit `tasks` from a thread, which waits while there is no room, or `window` is not open."""
-        with self._lock:
-            self._feeders += 1
         arguments = tasks, set_length, window
         try:
             threading.Thread(target=self._feed, args=arguments, name="mpmemory-pool-feeder", daemon=True).start()
@@ -350,12 +350,7 @@ class Scheduler:
                 if self._state == TERMINATE:
                     self._refuse(job)
         finally:
-            self._feeder_ends()
-
-    def _feeder_ends(self) -> None:
-        with self._lock:
-            self._feeders -= 1
-        self._wake()
+            self._wake()  # that was perhaps all
 
     def _wait_for_room(self, window: Window | None) -> bool:
         """Wait until a worker has room and the window is open; return False if no more tasks are wanted."""
@@ -397,32 +392,33 @@ class Scheduler:
 
     def _send(self, worker: Worker, task: Task) -> None:
         """Send a task to the worker that it is reserved for."""
+        sending = sent = False
         try:
             datagram = task.pack()
-            with self._lock:
-                if worker.dead:
-                    worker.unreserve(task)
-                    self._pending.appendleft(task)
-                    self._wake()
-                    return
-                worker.sending += 1
-                alone = len(worker.tasks) == 1
-            sent = False
             try:
-                # Not with the lock, which the others want. One that has nothing to read takes any datagram.
-                sent = worker.channel.send_datagram(datagram, wait=alone)
+                with self._lock:
+                    if not worker.dead:
+                        worker.sending += 1
+                        sending = True
+                if sending:  # not with the lock, which the others want
+                    sent = worker.channel.send_datagram(datagram, wait=False)
             finally:
                 with self._lock:
-                    worker.sending -= 1
+                    worker.sending -= sending
                     if sent:
                         task.datagram = None
                         if worker.left == 0 and all(task.is_sent() for task in worker.tasks.values()):
                             worker.leave()
             if not sent:
                 with self._lock:
-                    worker.blocked = True
                     worker.unreserve(task)
                     self._pending.appendleft(task)
+                    # Its next answer makes room. If it has none to give, it is tried again soon.
+                    worker.blocked = True
+                    if not worker.tasks:
+                        worker.blocked = False
+                        self._stalled = True
+                self._wake()
         except Exception as error:
             with self._lock:
                 worker.unreserve(task)
@@ -444,6 +440,7 @@ class Scheduler:
         given: dict[Worker, list[Task]] = {}
         with self._lock:
             hungry = [worker for worker in self._workers if worker.has_room() and worker.load <= FULL // 2]
+            self._stalled = False
             while self._pending and hungry:
                 worker = min(hungry, key=_load)
                 task = self._pending.popleft()
@@ -455,12 +452,15 @@ class Scheduler:
             for task in tasks:
                 self._send(worker, task)
         with self._lock:
-            self._balance()
+            moved = self._balance()
+        for worker, task in moved:
+            self._send(worker, task)
+        with self._lock:
             if self._feeders_waiting and len(self._pending) <= PENDING // 4:
                 self._room.notify_all()
 
-    def _balance(self) -> None:
-        """Move tasks that have not been read yet to workers that have nothing to do."""
+    def _balance(self) -> list[tuple[Worker, Task]]:
+        """Take tasks back that have not been read yet, for workers that have nothing to do. Locked."""
 
         def unread(worker: Worker) -> int:
             # One that is ready runs the first of its tasks.
@@ -469,6 +469,7 @@ class Scheduler:
         idle = [worker for worker in self._workers if not worker.tasks and worker.has_room()]
         busy = [worker for worker in self._workers if unread(worker) > 0] if idle else []
         busy.sort(key=unread)
+        moved = []
         while idle and busy:
             task = self._take_back(busy[-1])
             if task is None:
@@ -476,8 +477,9 @@ class Scheduler:
                 continue
             thief = idle.pop()
             thief.reserve(task)
-            self._send(thief, task)
+            moved.append((thief, task))
             busy.sort(key=unread)
+        return moved
 
     def _take_back(self, worker: Worker) -> Task | None:
         """Take a task back that the worker has not read yet, if there is one."""
@@ -510,9 +512,9 @@ class Scheduler:
     def _run(self) -> None:
         try:
             while self._state != TERMINATE:
-                if self._state == CLOSE and not self.results and not self._feeders:
-                    self._state = PARTING
-                    with self._lock:
+                with self._lock:
+                    if self._state == CLOSE and not self.results:
+                        self._state = PARTING
                         for worker in self._workers:
                             worker.leave()
                 if self._state == PARTING and not self._workers:
@@ -525,7 +527,7 @@ class Scheduler:
 
     def _turn(self) -> None:
         dead, ready = [], []
-        for fd, _ in self._poller.poll(_RETRY_INTERVAL * 1000 if self._is_short_of_workers() else None):
+        for fd, _ in self._poller.poll(self._timeout()):
             worker = self._by_fd.get(fd)
             if worker is None:
                 with contextlib.suppress(BlockingIOError):
@@ -546,6 +548,12 @@ class Scheduler:
         if self._is_short_of_workers():
             self._replace_dead()
         self._dispatch()
+
+    def _timeout(self) -> float | None:
+        """Return when there is something to try again, in milliseconds; None is never."""
+        if self._stalled:
+            return _RETRY_SENDING * 1000
+        return _RETRY_STARTING * 1000 if self._is_short_of_workers() else None
 
     def _is_short_of_workers(self) -> bool:
         return self._state in (RUN, CLOSE) and len(self._workers) < len(self.processes)
@@ -635,6 +643,7 @@ class Scheduler:
             except Exception as error:
                 self._failed_starts += 1
                 self._last_end = f"the last one could not be started: {error!r}"
+                traceback.clear_frames(error.__traceback__)  # they hold what was made for that worker
                 self._start_error = error
                 return  # the others go on; it is tried again soon
 
@@ -725,8 +734,11 @@ class Scheduler:
 
     def forget_parent(self) -> None:
         """In a forked child: close what is the parent's."""
+        # What waits or is under way, too: its descriptors are leases of segments.
+        self._pending.clear()
         for worker in [*self._workers, self._starting]:
             if worker is not None:
+                worker.tasks.clear()
                 worker.forget()
         self._lifeline.let_go()
         self._wake_fd = OwnedFd(-1)

@@ -202,7 +202,9 @@ class Pool(pool.Pool):
 
         They get SIGTERM, and SIGKILL a second later.
         """
-        self._terminate()
+        if self._scheduler.is_of_this_process():
+            self._scheduler.terminate()  # not by the finalizer, which would do nothing after an interrupt
+            self._terminate.cancel()
 
     def join(self) -> None:
         """Wait for the workers to leave. Raises ValueError unless `close` or `terminate` was called before."""
