@@ -225,7 +225,7 @@ class Scheduler:
         # Reentrant, since a pool that is collected while the lock is held terminates.
         self._lock = threading.RLock()
         self._room = threading.Condition(self._lock)  # for feeders
-        self._feeders_waiting = 0
+        self._room_wanted = False  # a feeder waits until less is pending
         self._pending: deque[Task] = deque()  # no worker had room
         self._tags = itertools.count(ABOUT_WORKER + 1)
         self._workers: list[Worker] = []
@@ -366,11 +366,9 @@ class Scheduler:
                         window.waited_for = False
                         window.fed += 1
                         return True
-                self._feeders_waiting += 1
-                try:
-                    self._room.wait()
-                finally:
-                    self._feeders_waiting -= 1
+                else:
+                    self._room_wanted = True
+                self._room.wait()
             return False
 
     def notify_feeders(self) -> None:
@@ -407,7 +405,7 @@ class Scheduler:
                     worker.sending -= sending
                     if sent:
                         task.datagram = None
-                        if worker.left == 0 and all(task.is_sent() for task in worker.tasks.values()):
+                        if worker.left == 0 and all(task.is_sent() for task in list(worker.tasks.values())):
                             worker.leave()
             if not sent:
                 with self._lock:
@@ -456,7 +454,8 @@ class Scheduler:
         for worker, task in moved:
             self._send(worker, task)
         with self._lock:
-            if self._feeders_waiting and len(self._pending) <= PENDING // 4:
+            if self._room_wanted and len(self._pending) <= PENDING // 4:
+                self._room_wanted = False
                 self._room.notify_all()
 
     def _balance(self) -> list[tuple[Worker, Task]]:

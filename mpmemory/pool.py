@@ -19,6 +19,7 @@ from multiprocessing.pool import (  # type: ignore[attr-defined]
     _helper_reraises_exception,
     mapstar,
 )
+from multiprocessing.pool import ThreadPool as ThreadPool  # so that this module stands in for multiprocessing.pool
 from multiprocessing.process import BaseProcess
 from types import GenericAlias, TracebackType
 from typing import TYPE_CHECKING, Any, TypeVar
