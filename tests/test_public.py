@@ -39,6 +39,7 @@ def test_what_is_ours() -> None:
         "Memory",
         "MpMemoryError",
         "PAGE_SIZE",
+        "PoolError",
         "Seal",
         "SealedError",
         "SharedBuffer",
