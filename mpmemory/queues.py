@@ -363,7 +363,10 @@ os.register_at_fork(after_in_child=_after_fork_in_child)
 
 
 class JoinableQueue(Queue):
-    """A Queue that knows how many of its objects are not done yet, as `multiprocessing.JoinableQueue`."""
+    """A Queue that knows how many of its objects are not done yet, as `multiprocessing.JoinableQueue`.
+
+    An object that `get` could not receive or unpickle is one of them: call `task_done` for it, too.
+    """
 
     __slots__ = ("_idle", "_unfinished")
 
