@@ -196,11 +196,12 @@ class Datagram:
             BlockingIOError: there is nothing, and it was not to wait.
             OSError: as recvmsg(2).
         """
+        arguments = sock, _HEADER.size + INLINE_MAX, 0 if wait else _DONTWAIT
         try:
-            data, numbers, truncated = recv_message(sock, _HEADER.size + INLINE_MAX, 0 if wait else _DONTWAIT)
+            data, numbers, truncated = recv_message(*arguments)
         except ConnectionResetError:
             # The peer went without reading all of ours. The kernel says so once, ahead of what the peer had sent.
-            data, numbers, truncated = recv_message(sock, _HEADER.size + INLINE_MAX, 0 if wait else _DONTWAIT)
+            data, numbers, truncated = recv_message(*arguments)
         if not data and not numbers:
             raise EOFError("the peer is gone")
         return cls(data, [OwnedFd(number) for number in numbers] if numbers else [], truncated)

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import operator
 import os
 import select
 import sys
@@ -166,7 +165,7 @@ class Worker:
         return self.given - self.done
 
     def has_room(self) -> bool:
-        return self.given - self.done < FULL and self.left != 0 and not (self.blocked or self.leaving or self.dead)
+        return self.load < FULL and self.left != 0 and not (self.blocked or self.leaving or self.dead)
 
     def reserve(self, task: Task) -> None:
         """Note that the task will be sent. Locked."""
@@ -230,8 +229,7 @@ class Scheduler:
         self._tags = itertools.count(ABOUT_WORKER + 1)
         self._workers: list[Worker] = []
         self._starting: Worker | None = None
-        self._failed: deque[tuple[int, int, BaseException]] = deque()
-        self._broken_jobs: deque[tuple[int, BaseException]] = deque()
+        self._failed: deque[tuple[int, int | None, BaseException]] = deque()
         self._failed_starts = 0  # in a row
         self._last_end = ""
         self._start_error: BaseException | None = None
@@ -287,15 +285,11 @@ class Scheduler:
         except Exception as error:
             self._fail(job, index, error)
             return
-        try:
-            task = Task(next(self._tags), job, index, message)
-        except OSError as error:
-            self._fail(job, index, error)
-            return
+        task = Task(next(self._tags), job, index, message)
         try:
             with self._lock:
                 ended = self._state == TERMINATE
-                worker = self._reserve(task) if not self._pending and not ended else None
+                worker = self._reserve(task, self._workers) if not self._pending and not ended else None
                 if worker is None and not ended:
                     self._pending.append(task)
             if ended:
@@ -346,9 +340,7 @@ class Scheduler:
                         set_length(count)
         except BaseException as error:
             if job is not None:
-                self._broken_jobs.append((job, error))
-                if self._state == TERMINATE:
-                    self._refuse(job)
+                self._fail(job, None, error)
         finally:
             self._wake()  # that was perhaps all
 
@@ -378,10 +370,10 @@ class Scheduler:
 
     # --- sending ---
 
-    def _reserve(self, task: Task) -> Worker | None:
-        """Find the worker of the least load, if one has room, and reserve a place for the task."""
+    def _reserve(self, task: Task, workers: list[Worker]) -> Worker | None:
+        """Find the one of the least load, if any has room, and reserve a place for the task. Locked."""
         best = None
-        for worker in self._workers:
+        for worker in workers:
             if worker.has_room() and (best is None or worker.load < best.load):
                 best = worker
         if best is not None:
@@ -437,15 +429,10 @@ class Scheduler:
         # takes longer than to send a task.
         given: dict[Worker, list[Task]] = {}
         with self._lock:
-            hungry = [worker for worker in self._workers if worker.has_room() and worker.load <= FULL // 2]
+            hungry = [worker for worker in self._workers if worker.load <= FULL // 2]
             self._stalled = False
-            while self._pending and hungry:
-                worker = min(hungry, key=_load)
-                task = self._pending.popleft()
-                worker.reserve(task)
-                given.setdefault(worker, []).append(task)
-                if not worker.has_room():
-                    hungry.remove(worker)
+            while self._pending and (chosen := self._reserve(self._pending[0], hungry)):
+                given.setdefault(chosen, []).append(self._pending.popleft())
         for worker, tasks in given.items():
             for task in tasks:
                 self._send(worker, task)
@@ -496,7 +483,8 @@ class Scheduler:
                 return task
         return None
 
-    def _fail(self, job: int, index: int, error: BaseException) -> None:
+    def _fail(self, job: int, index: int | None, error: BaseException) -> None:
+        """Let part `index` of a result fail, or if None all that is missing of it."""
         self._failed.append((job, index, error))
         self._wake()
         if self._state == TERMINATE:  # perhaps nobody reads that any more
@@ -540,10 +528,10 @@ class Scheduler:
             self._bury(worker)
         while self._failed:
             job, index, error = self._failed.popleft()
-            self._set(job, index, (False, error))
-        while self._broken_jobs:
-            job, error = self._broken_jobs.popleft()
-            self._abandon(job, error)
+            if index is None:
+                self._abandon(job, error)
+            else:
+                self._set(job, index, (False, error))
         if self._is_short_of_workers():
             self._replace_dead()
         self._dispatch()
@@ -744,8 +732,6 @@ class Scheduler:
         # Another thread of the parent may have held the lock. A child that drops an imap's results takes it.
         self._room = threading.Condition()
 
-
-_load = operator.attrgetter("load")
 
 # Those of this process, for a child of whatever fork.
 _schedulers: weakref.WeakSet[Scheduler] = weakref.WeakSet()
