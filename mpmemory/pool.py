@@ -24,9 +24,9 @@ from multiprocessing.process import BaseProcess
 from types import GenericAlias, TracebackType
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from . import _worker
+from . import _worker_main
 from ._scheduler import Scheduler, Window
-from ._worker import Lifeline
+from ._worker_main import Lifeline
 from .connection import Connection
 
 _S = TypeVar("_S")
@@ -90,7 +90,7 @@ class Pool(pool.Pool):
 
         def start(channel: Connection, lifeline: Lifeline) -> BaseProcess:
             arguments = channel, lifeline, initializer, initargs
-            process = create(ctx, target=_worker.run, args=arguments)
+            process = create(ctx, target=_worker_main.run, args=arguments)
             process.name = process.name.replace("Process", "PoolWorker")
             process.daemon = True
             process.start()
