@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import open_fds
+from conftest import START_METHODS, open_fds
 from test_pool import PATIENCE, await_true, echo, keep_global, once, pid_of_worker, square, wait_for
 
 import mpmemory
@@ -274,14 +274,18 @@ def burn(conn: Any) -> None:
     re.match(r"(a*)*b", "a" * 60)
 
 
-@pytest.mark.parametrize("method", ["fork", "forkserver", "spawn"])
-def test_workers_go_with_their_parent(method: str, tmp_path: Path) -> None:
-    program = tmp_path / "parent.py"
-    program.write_text(PARENT)
+def start(source: str, method: str, folder: Path, **options: Any) -> subprocess.Popen[str]:
+    """Start a program that may import what is here."""
+    program = folder / "program.py"
+    program.write_text(source)
     environment = {**os.environ, "PYTHONPATH": os.path.dirname(__file__)}
-    with subprocess.Popen(
-        [sys.executable, str(program), method], stdout=subprocess.PIPE, text=True, env=environment
-    ) as parent:
+    command = [sys.executable, str(program), method]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment, **options)
+
+
+@pytest.mark.parametrize("method", START_METHODS)
+def test_workers_go_with_their_parent(method: str, tmp_path: Path) -> None:
+    with start(PARENT, method, tmp_path) as parent:
         assert parent.stdout is not None
         watches = [os.pidfd_open(int(pid)) for pid in parent.stdout.readline().split()]
         try:
@@ -317,19 +321,9 @@ if __name__ == "__main__":
 """
 
 
-@pytest.mark.parametrize("method", ["fork", "forkserver", "spawn"])
+@pytest.mark.parametrize("method", START_METHODS)
 def test_ctrl_c_gives_one_traceback(method: str, tmp_path: Path) -> None:
-    program = tmp_path / "interrupted.py"
-    program.write_text(INTERRUPTED)
-    environment = {**os.environ, "PYTHONPATH": os.path.dirname(__file__)}
-    with subprocess.Popen(
-        [sys.executable, str(program), method],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env=environment,
-        process_group=0,
-    ) as child:
+    with start(INTERRUPTED, method, tmp_path, stderr=subprocess.PIPE, process_group=0) as child:
         assert child.stdout is not None
         assert child.stdout.readline() == "ready\n"
         os.killpg(child.pid, signal.SIGINT)  # as a terminal does
@@ -339,16 +333,12 @@ def test_ctrl_c_gives_one_traceback(method: str, tmp_path: Path) -> None:
     assert errors.rstrip().endswith("KeyboardInterrupt")
 
 
-def interrupt_siblings(pids: list[int]) -> None:
-    for pid in pids:
-        os.kill(pid, signal.SIGINT)
-
-
 def test_an_idle_worker_does_not_mind_an_interrupt(ctx: Any) -> None:
     with ctx.Pool(2) as pool:
         pids = set(pool.map(pid_of_worker, range(50), chunksize=1))
         for _ in range(50):
-            interrupt_siblings(list(pids))
+            for pid in pids:
+                os.kill(pid, signal.SIGINT)
         assert pool.map(square, range(50), chunksize=1) == [x * x for x in range(50)]
         assert {process.pid for process in pool._pool} >= pids
 
