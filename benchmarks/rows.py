@@ -16,7 +16,7 @@ from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from functools import partial
 from multiprocessing.connection import Connection
-from multiprocessing.shared_memory import SharedMemory
+from multiprocessing.shared_memory import ShareableList, SharedMemory
 from typing import Any
 
 import numpy as np
@@ -43,7 +43,7 @@ def small() -> Generator[Comparison, None, None]:
     yield Comparison(
         200,
         Side("SharedBuffer of 4 KB", _small_buffer),
-        (Side("SharedMemory", _small_shared_memory), Side("bare calls", _small_bare)),
+        (Side("SharedMemory", partial(_small_shared_memory, SharedMemory)), Side("bare calls", _small_bare)),
     )
 
 
@@ -53,11 +53,9 @@ def _small_buffer() -> None:
     buffer.close()
 
 
-def _small_shared_memory() -> None:
-    memory = SharedMemory(create=True, size=SMALL)
-    view = memory.buf
-    assert view is not None  # typeshed: until it is closed
-    view[0] = 1
+def _small_shared_memory(kind: Any) -> None:
+    memory = kind(create=True, size=SMALL)
+    memory.buf[0] = 1
     memory.close()
     memory.unlink()
 
@@ -116,6 +114,43 @@ def _bare(size: int) -> tuple[int, mmap.mmap]:
 def _touch(view: memoryview) -> None:
     """Read a byte of each page: what was written without the mapping is not in its page table yet."""
     view[::PAGE_SIZE].tobytes()
+
+
+# --- the drop-ins ---------------------------------------------------------------------------------
+
+
+def shared_memory() -> Generator[Comparison, None, None]:
+    kinds = mpmemory.SharedMemory, SharedMemory
+    yield _drop_in("a block of 4 KB", [partial(_small_shared_memory, kind) for kind in kinds])
+    blocks = [kind(create=True, size=SMALL) for kind in kinds]
+    try:
+        yield _drop_in("attach to it", [partial(_attach, type(block), block.name) for block in blocks])
+    finally:
+        for block in blocks:
+            block.close()
+            block.unlink()
+    items = [kind(range(100)) for kind in (mpmemory.ShareableList, ShareableList)]
+    try:
+        yield _drop_in("ShareableList, an item", [partial(_increment, each) for each in items])
+    finally:
+        for each in items:
+            each.shm.close()
+            each.shm.unlink()
+
+
+def _drop_in(what: str, actions: Sequence[Callable[[], object]]) -> Comparison:
+    ours, stock = actions
+    return Comparison(200, Side(what, ours), (Side("multiprocessing.shared_memory", stock),))
+
+
+def _attach(kind: Any, name: str) -> None:
+    memory = kind(name)
+    memory.buf[0] = 1
+    memory.close()
+
+
+def _increment(items: Any) -> None:
+    items[50] += 1
 
 
 # --- sending a handle -----------------------------------------------------------------------------
@@ -377,6 +412,7 @@ def _python(code: str) -> None:
 ROWS: dict[str, Row] = {
     "small": small,
     "large": large,
+    "shared-memory": shared_memory,
     "handle": handle,
     "message": message,
     "pool": pool,

@@ -1,7 +1,7 @@
 """Shared memory for Python's multiprocessing that pickles as a file descriptor.
 
 Serves as a drop-in for `import multiprocessing as mp`: all names of its `__all__` are here, next
-to `Memory` and `SharedBuffer`.
+to `Memory`, `SharedBuffer`, and drop-ins for `SharedMemory` and `ShareableList`.
 """
 
 from multiprocessing import AuthenticationError as AuthenticationError
@@ -25,6 +25,8 @@ from .errors import SealedError as SealedError
 from .errors import WorkerLostError as WorkerLostError
 from .memory import Memory as Memory
 from .memory import Seal as Seal
+from .shared_memory import ShareableList as ShareableList
+from .shared_memory import SharedMemory as SharedMemory
 
 __version__ = "0.1.0"
 

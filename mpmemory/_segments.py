@@ -19,7 +19,6 @@ Where there are no such locks a segment is used once.
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import mmap
 import os
@@ -32,6 +31,7 @@ from typing import ClassVar
 from . import _backends
 from ._backends import platform
 from ._fds import OwnedFd
+from ._reaper import reaper
 from .errors import failed
 
 #: The least size of a segment in bytes. Sizes are powers of two.
@@ -97,15 +97,14 @@ class Warm:
 
     def start_anew(self) -> None:
         """Begin with nothing: also in a forked child, which closes its copies of what is the parent's."""
-        self._condition = threading.Condition()
+        self._lock = threading.RLock()
         self._segments: dict[int, list[Segment]] = {}  # by size
         self._mappings: dict[tuple[int, int], tuple[mmap.mmap, float]] = {}  # by identity; with the last use
-        self._reaper: threading.Thread | None = None
 
     def take(self, size: int) -> Segment:
         """Return a segment of at least `size` bytes that nobody uses; give it back when it is sent."""
         size = max(MIN_SIZE, 1 << (size - 1).bit_length())
-        with self._condition:
+        with self._lock:
             # All are out of reach meanwhile: a signal handler that sends now must not take the one we are looking at.
             free = self._segments.pop(size, [])
             try:
@@ -120,41 +119,30 @@ class Warm:
     def give_back(self, segment: Segment) -> None:
         if platform.can_lease():
             segment.last_used = time.monotonic()
-            with self._condition:
+            with self._lock:
                 self._segments.setdefault(segment.size, []).append(segment)
-                self._watch()
+                reaper.watch(self._release_idle)
 
     def mapping(self, lease: OwnedFd) -> mmap.mmap:
         """Return a mapping of the whole segment of `lease`, the same as for the message before. Raises OSError."""
         status = os.fstat(lease.fileno())
         identity = status.st_dev, status.st_ino
-        with self._condition:
+        with self._lock:
             mapping, _ = self._mappings.get(identity, (None, 0))
             if mapping is None:
                 fd = OwnedFd(platform.reopen(lease.fileno())) if platform.can_lease() else lease
                 mapping = _map(fd, status.st_size)
             if platform.can_lease():
                 self._mappings[identity] = mapping, time.monotonic()
-                self._watch()
+                reaper.watch(self._release_idle)
         return mapping
 
-    def _watch(self) -> None:
-        if self._reaper is None:
-            reaper = threading.Thread(target=self._reap, name="mpmemory-reaper", daemon=True)
-            with contextlib.suppress(RuntimeError):  # no thread can be started: near the end of the process
-                reaper.start()
-                self._reaper = reaper
+    def _release_idle(self) -> bool:
+        return self.release(time.monotonic() - IDLE_TIMEOUT)
 
-    def _reap(self) -> None:
-        with self._condition:
-            while self._segments or self._mappings:
-                self._condition.wait(IDLE_TIMEOUT / 2)
-                self.release(time.monotonic() - IDLE_TIMEOUT)
-            self._reaper = None
-
-    def release(self, before: float) -> None:
-        """Give up what was not used since `before`, on the monotonic clock."""
-        with self._condition:
+    def release(self, before: float) -> bool:
+        """Give up what was not used since `before`, on the monotonic clock, and return whether anything is left."""
+        with self._lock:
             for size, segments in list(self._segments.items()):
                 segments[:] = [segment for segment in segments if segment.last_used >= before]
                 if not segments:
@@ -162,13 +150,12 @@ class Warm:
             for identity, (_, last_used) in list(self._mappings.items()):
                 if last_used < before:
                     del self._mappings[identity]
-            self._condition.notify_all()  # the reaper need not wait if nothing is left
+            return bool(self._segments or self._mappings)
 
 
 warm = Warm()
 
-
-# Not another Warm: the frame of the reaper, which is no thread of the child, would hold this one for ever.
+# Not another Warm: the reaper may look after this one already.
 os.register_at_fork(after_in_child=warm.start_anew)
 
 

@@ -8,16 +8,18 @@ from multiprocessing import context
 from multiprocessing import pool as stock_pool
 from typing import Any, Literal, overload
 
-from . import buffer, connection, memory, pool, queues
+from . import buffer, connection, memory, pool, queues, shared_memory
 from ._backends.platform import messages_work
 
 
 class MemoryContext(context.BaseContext):
     """What our contexts have beyond those of multiprocessing."""
 
-    # Neither depends on how processes are started. Classes, so that `ctx.Memory.from_bytes` works.
+    # None depends on how processes are started. Classes, so that `ctx.Memory.from_bytes` works.
     Memory = memory.Memory
     SharedBuffer = buffer.SharedBuffer
+    SharedMemory = shared_memory.SharedMemory
+    ShareableList = shared_memory.ShareableList
 
     # Where messages cannot carry descriptors, or segments not be leased, these are the stock ones.
 

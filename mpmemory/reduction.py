@@ -42,18 +42,20 @@ class Popen(Protocol):
 
 
 class Shareable:
-    """Base of what pickles through multiprocessing, and only so.
+    """Base of what multiprocessing pickles as a descriptor, and nobody else.
 
-    Subclasses define `_reduce` and pickle as their own class. What a subclass of theirs adds to
-    `__dict__` travels along; `__getstate__` and `__setstate__` have their usual meaning.
+    Subclasses define `_reduce` and pickle as their own class; with a `__reduce__` next to it, they pickle
+    outside of multiprocessing, too. What a subclass of theirs adds to `__dict__` travels along;
+    `__getstate__` and `__setstate__` have their usual meaning.
     """
 
     __slots__ = ("__weakref__",)
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        # A pickler's dispatch table goes by exact type. Who defines a reduction of his own keeps it.
-        if cls.__reduce__ is Shareable.__reduce__ and cls.__reduce_ex__ is object.__reduce_ex__:
+        # A pickler's dispatch table goes by exact type. A subclass with a reduction of its own keeps it.
+        ours: Any = next(base for base in cls.__mro__ if "_reduce" in vars(base))
+        if cls.__reduce__ is ours.__reduce__ and cls.__reduce_ex__ is object.__reduce_ex__:
             reduction.ForkingPickler.register(cls, _reduce_shareable)
 
     def _reduce(self) -> tuple[Callable[..., Self], tuple[Any, ...]]:

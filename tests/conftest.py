@@ -21,6 +21,7 @@ import pytest
 
 import mpmemory
 from mpmemory import HandleLostError, Memory, _backends, _segments, _sharer
+from mpmemory._reaper import reaper
 from mpmemory.connection import Pipe
 
 START_METHODS = ["fork", "forkserver", "spawn"]
@@ -109,12 +110,6 @@ def skip_unless_available(nbytes: int) -> None:
         pytest.skip(f"needs {nbytes >> 30} GB of memory")
 
 
-def join_reaper() -> None:
-    reaper = _segments.warm._reaper
-    if reaper is not None:
-        reaper.join()
-
-
 @pytest.fixture(autouse=True)
 def _leaves_nothing() -> Iterator[None]:
     # What multiprocessing starts once and keeps, so that no test seems to leak it.
@@ -126,7 +121,7 @@ def _leaves_nothing() -> Iterator[None]:
     _sharer._sharer.stop(timeout=10)
     gc.collect()
     _segments.warm.release(float("inf"))
-    join_reaper()
+    reaper.join()
     assert multiprocessing.active_children() == []
     leaked = {fd: what for fd, what in open_fds().items() if fds.get(fd) != what}
     assert leaked == {}
@@ -157,6 +152,14 @@ def pipe() -> Any:
     left, right = Pipe()
     with left, right:
         yield left, right
+
+
+@pytest.fixture
+def small_shm() -> list[str]:
+    """Return what to put before a command so that it runs with a /dev/shm of 1 MB."""
+    if os.geteuid() != 0 or subprocess.run(["unshare", "-m", "true"], check=False).returncode != 0:
+        pytest.skip("needs a private mount namespace")
+    return ["unshare", "-m", "sh", "-c", 'mount -t tmpfs -o size=1m tmpfs /dev/shm && exec "$@"', "-"]
 
 
 @pytest.fixture

@@ -14,11 +14,12 @@ from conftest import START_METHODS
 
 ROOT = Path(__file__).parent.parent
 EXAMPLES = sorted(path.name for path in (ROOT / "examples").glob("*.py"))
+DOCUMENTS = sorted(str(path.relative_to(ROOT)) for folder in (".", "*") for path in ROOT.glob(f"{folder}/*.md"))
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 
-def blocks(language: str) -> list[str]:
-    return [text for kind, text in BLOCK.findall((ROOT / "README.md").read_text()) if kind == language]
+def blocks(language: str, path: str = "README.md") -> list[str]:
+    return [text for kind, text in BLOCK.findall((ROOT / path).read_text()) if kind == language]
 
 
 @pytest.mark.parametrize("method", START_METHODS)
@@ -38,14 +39,23 @@ def test_the_readme_has_two_commands() -> None:
     assert "pytest" in second
 
 
-def test_links_of_the_readme_lead_somewhere() -> None:
-    for target in re.findall(r"\]\(([^)#]+)\)", (ROOT / "README.md").read_text()):
+@pytest.mark.parametrize("path", ["docs/migrating.md"])
+def test_programs_of_the_docs(path: str, run_python: Any) -> None:
+    for program, output in zip(blocks("python", path), blocks("output", path), strict=True):
+        assert run_python(program).stdout == output
+
+
+@pytest.mark.parametrize(
+    "path", sorted(ROOT.glob("*.md")) + sorted(ROOT.glob("[de]*/*.md")), ids=lambda path: path.name
+)
+def test_links_lead_somewhere(path: Path) -> None:
+    for target in re.findall(r"\]\(([^)#]+)\)", path.read_text()):
         if "://" not in target:
-            assert (ROOT / target).exists(), target
+            assert (path.parent / target).exists(), target
 
 
 def test_there_are_all_examples() -> None:
-    names = "basic_sharing fd_passing worker_pool alignment batch surviving_pool word_count"
+    names = "basic_sharing fd_passing worker_pool alignment batch surviving_pool replace_shared_memory word_count"
     assert {f"{name}.py" for name in names.split()} <= set(EXAMPLES)
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 import mpmemory
-from mpmemory import HandleLostError, MpMemoryError, SealedError, WorkerLostError
+from mpmemory import HandleLostError, MpMemoryError, SealedError, WorkerLostError, shared_memory
 from mpmemory.errors import describe_exit
 
 
@@ -42,13 +42,25 @@ def test_what_is_ours() -> None:
         "PoolError",
         "Seal",
         "SealedError",
+        "ShareableList",
         "SharedBuffer",
+        "SharedMemory",
         "WorkerLostError",
         "align",
     }
 
 
-@pytest.mark.parametrize("kind", [mpmemory.Memory, mpmemory.SharedBuffer, mpmemory.align, mpmemory.get_context])
+KINDS = [
+    mpmemory.Memory,
+    mpmemory.SharedBuffer,
+    mpmemory.SharedMemory,
+    mpmemory.ShareableList,
+    mpmemory.align,
+    mpmemory.get_context,
+]
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_public_names_are_documented(kind: Any) -> None:
     assert kind.__doc__
     if inspect.isclass(kind):
@@ -62,6 +74,8 @@ def test_contexts(method: str) -> None:
     ctx = mpmemory.get_context(method)
     assert ctx.Memory is mpmemory.Memory
     assert ctx.SharedBuffer is mpmemory.SharedBuffer
+    assert ctx.SharedMemory is mpmemory.SharedMemory is shared_memory.SharedMemory
+    assert ctx.ShareableList is mpmemory.ShareableList is shared_memory.ShareableList
     assert isinstance(ctx, type(multiprocessing.get_context(method)))
     assert ctx.get_start_method() == method
     assert ctx.get_context() is ctx

@@ -7,9 +7,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import START_METHODS, join_reaper, mappings, open_fds
+from conftest import START_METHODS, mappings, open_fds
 
 from mpmemory import _segments, get_context
+from mpmemory._reaper import reaper
 from mpmemory.connection import Connection, Pipe
 
 
@@ -111,14 +112,14 @@ def test_idle_segments_and_mappings_are_given_up(pipe: Any, monkeypatch: pytest.
     before = open_fds()
     left.send(np.zeros(200_000))
     kept = right.recv()
-    join_reaper()
+    reaper.join()
     assert len(segments()) == 1  # the one in use
     kept[:] = 1
     del kept
     assert (segments(), open_fds()) == (set(), before)
     left.send(np.zeros(200_000))
     assert right.recv().sum() == 0
-    join_reaper()
+    reaper.join()
 
 
 def check_that_nothing_is_inherited(conn: Connection) -> None:
@@ -158,6 +159,7 @@ def test_five_thousand_arrays_from_a_queue_are_kept_and_given_up(run_python: Any
     run_python(
         "import os, resource, numpy as np, mpmemory\n"
         "from mpmemory import _segments\n"
+        "from mpmemory._reaper import reaper\n"
         "resource.setrlimit(resource.RLIMIT_NOFILE, (1024, 1024))\n"
         "_segments.IDLE_TIMEOUT = 0.2\n"
         "def write(queue):\n"
@@ -174,7 +176,7 @@ def test_five_thousand_arrays_from_a_queue_are_kept_and_given_up(run_python: Any
         "assert all((array == index).all() for index, array in enumerate(kept))\n"
         "assert len(_segments.Lease._held) == 256 and resident() > memory + 450e6\n"
         "del kept\n"
-        "_segments.warm._reaper.join()\n"
+        "reaper.join()\n"
         "assert os.listdir('/proc/self/fd') == fds\n"
         "assert resident() < memory + 100e6, resident() - memory\n"
     )

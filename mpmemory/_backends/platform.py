@@ -262,6 +262,12 @@ def is_unshared(fd: int) -> bool:
     return True
 
 
+@functools.cache
+def has_proc() -> bool:
+    """Return whether the descriptors of processes can be opened in /proc, for being looked at too (O_PATH)."""
+    return hasattr(os, "O_PATH") and os.path.isdir("/proc/self/fd")
+
+
 def reopen(fd: int) -> int:
     """Return a descriptor of a new open file description on the file of `fd`, for reading and writing."""
     return os.open(f"/proc/self/fd/{fd}", os.O_RDWR | os.O_CLOEXEC)
