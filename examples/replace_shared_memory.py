@@ -55,7 +55,8 @@ SHM = Path("/dev/shm")  # where Linux shows the shared memory that has a name
 
 def run_and_kill(package: str, method: str) -> str:
     """Run the program with that import, kill it, and return the name of its block."""
-    with tempfile.TemporaryDirectory() as folder:
+    # A short path: the fork server has a socket in it.
+    with tempfile.TemporaryDirectory(dir="/tmp") as folder:
         path = Path(folder, "program.py")
         path.write_text(PROGRAM.format(package=package))
         # In a session of its own, so that all of it can be killed at once.
