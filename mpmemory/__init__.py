@@ -10,6 +10,7 @@ from multiprocessing import Process as Process
 from multiprocessing import ProcessError as ProcessError
 from multiprocessing import TimeoutError as TimeoutError
 from types import ModuleType as _ModuleType
+from typing import TYPE_CHECKING as _TYPE_CHECKING
 
 from . import _backends as _backends  # first: it refuses systems that cannot do it
 from .buffer import CACHE_LINE_SIZE as CACHE_LINE_SIZE
@@ -27,6 +28,9 @@ from .memory import Memory as Memory
 from .memory import Seal as Seal
 from .shared_memory import ShareableList as ShareableList
 from .shared_memory import SharedMemory as SharedMemory
+
+if _TYPE_CHECKING:
+    from . import arrays as arrays
 
 __version__ = "0.1.0"
 
@@ -62,6 +66,15 @@ reducer = _default.reducer
 set_executable = _default.set_executable
 set_forkserver_preload = _default.set_forkserver_preload
 set_start_method = _default.set_start_method
+
+
+def __getattr__(name: str) -> _ModuleType:
+    if name == "arrays":  # needs NumPy, which is optional
+        import importlib
+
+        return importlib.import_module(".arrays", __name__)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
 
 __all__ = [
     name

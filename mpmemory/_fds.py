@@ -6,6 +6,7 @@ import array
 import contextlib
 import errno
 import os
+import resource
 import socket
 from collections.abc import Callable, Iterator, Sequence
 from typing import NoReturn
@@ -78,6 +79,12 @@ class LostFd:
 
     def dup(self) -> NoReturn:
         self.fileno()
+
+
+def budget() -> int:
+    """Return how many descriptors one purpose may take in this process: a quarter of its limit, and 256 at most."""
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return 256 if soft == resource.RLIM_INFINITY else min(256, soft // 4)
 
 
 def dup(number: int) -> int:

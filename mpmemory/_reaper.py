@@ -11,6 +11,9 @@ from collections.abc import Callable
 #: How often the reaper looks, in seconds.
 INTERVAL = 1.5
 
+#: What is kept for the next use is given up when it was not used for so many seconds.
+IDLE_TIMEOUT = 3.0
+
 
 class Reaper:
     """Calls functions now and then, each as long as it returns True. Without any, there is no thread."""

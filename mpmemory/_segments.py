@@ -22,23 +22,19 @@ from __future__ import annotations
 import ctypes
 import mmap
 import os
-import resource
 import threading
 import time
 from collections.abc import Sequence
 from typing import ClassVar
 
-from . import _backends
+from . import _backends, _reaper
 from ._backends import platform
-from ._fds import OwnedFd
+from ._fds import OwnedFd, budget
 from ._reaper import reaper
 from .errors import failed
 
 #: The least size of a segment in bytes. Sizes are powers of two.
 MIN_SIZE = 1 << 16
-
-#: Segments and mappings unused for so many seconds are given up.
-IDLE_TIMEOUT = 3.0
 
 #: What the offset of a buffer in a segment is a multiple of, in bytes.
 ALIGNMENT = 64
@@ -84,7 +80,7 @@ class Segment:
 
 def _map(fd: OwnedFd, size: int) -> mmap.mmap:
     try:
-        return platform.map_fd(fd.fileno(), size, access=mmap.ACCESS_WRITE, offset=0)
+        return platform.map_fd(mmap.mmap, fd.fileno(), size, access=mmap.ACCESS_WRITE, offset=0)
     except OSError as error:
         raise failed(f"cannot map a segment of {size} bytes", error) from None
 
@@ -138,7 +134,7 @@ class Warm:
         return mapping
 
     def _release_idle(self) -> bool:
-        return self.release(time.monotonic() - IDLE_TIMEOUT)
+        return self.release(time.monotonic() - _reaper.IDLE_TIMEOUT)
 
     def release(self, before: float) -> bool:
         """Give up what was not used since `before`, on the monotonic clock, and return whether anything is left."""
@@ -176,9 +172,8 @@ class Lease:
 
     @classmethod
     def is_within_budget(cls) -> bool:
-        """Return whether this process may keep one more: a quarter of its descriptors, and 256 at most."""
-        soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-        return len(cls._held) < (256 if soft == resource.RLIM_INFINITY else min(256, soft // 4))
+        """Return whether this process may keep one more."""
+        return len(cls._held) < budget()
 
     def view(self, offset: int, length: int) -> memoryview:
         """Return a writable view of a part of the segment; the lease lasts as long as anything made from it."""

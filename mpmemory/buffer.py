@@ -9,10 +9,11 @@ import operator
 import struct
 from collections.abc import Callable, Iterable, Iterator
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self, SupportsIndex, overload
+from typing import TYPE_CHECKING, Any, Literal, Self, SupportsIndex, overload
 
 from ._backends import platform
-from .errors import SealedError, failed
+from ._mappings import map_memory
+from .errors import SealedError
 from .memory import Memory, Seal, check_range, flat_view
 from .reduction import Shareable
 
@@ -106,15 +107,10 @@ class SharedBuffer(Shareable):
     def _map(self) -> memoryview:
         """Map the range. A buffer that was unpickled does it at its first use, where an error can be raised."""
         memory = self._held()
-        fd = memory._open()  # held until it is mapped: another thread may close the buffer
-        number = fd.fileno()
         if self._size == 0:
             raise ValueError(f"cannot map 0 bytes of memory {memory.name!r}, at offset {self._offset} of {memory.size}")
         before = self._offset % mmap.ALLOCATIONGRANULARITY
-        try:
-            mapping = platform.map_fd(number, before + self._size, access=self._access, offset=self._offset - before)
-        except OSError as error:
-            raise failed(f"cannot map {self._size} bytes of memory {memory.name!r}", error) from None
+        mapping = map_memory(memory, before + self._size, self._offset - before, self._access)
         # The view holds the mapping, which is never closed, only dropped: so it goes with its last view.
         self._view = view = memoryview(mapping)[before:]
         if self._memory is None:  # closed by another thread meanwhile
@@ -332,9 +328,11 @@ class SharedBuffer(Shareable):
         shape: SupportsIndex | Iterable[SupportsIndex],
         dtype: DTypeLike = float,
         offset: SupportsIndex = 0,
-        order: str = "C",
+        order: Literal["C", "F"] = "C",
     ) -> NDArray[Any]:
         """Return a NumPy array on this memory, without a copy; it stays valid after `close`.
+
+        Sent through multiprocessing it arrives on the same memory; see `mpmemory.arrays`.
 
         Args:
             shape: an int or several, in items.
@@ -347,31 +345,9 @@ class SharedBuffer(Shareable):
             TypeError: the dtype holds Python objects, which mean nothing in another process.
             ValueError: the array would reach beyond the end; `shape` has a negative number; `order` is another.
         """
-        numpy = _numpy()
-        kind = numpy.dtype(dtype)
-        if kind.hasobject:
-            raise TypeError(f"an array in shared memory cannot hold Python objects, found dtype {kind!r}")
-        if order not in ("C", "F"):
-            raise ValueError(f"order must be 'C' or 'F', found {order!r}")
-        dimensions = _dimensions(shape)
-        if kind.subdtype is not None:  # each item is an array itself: more dimensions
-            kind, inner = kind.subdtype
-            dimensions += inner
-        if min(dimensions, default=0) < 0:
-            raise ValueError(f"shape must not have negative numbers, found {shape!r}")
-        count = kind.itemsize
-        for number in dimensions:
-            count *= number
-        view = self._open()
-        offset, length = check_range(offset, count, len(view))
-        # np.ndarray(buffer=) would not hold the mapping, and dangle after a close. Bytes first, since
-        # frombuffer knows no empty arrays and no dtypes of size 0.
-        flat = numpy.frombuffer(view, numpy.uint8)[offset : offset + length]
-        if length == 0:
-            array: NDArray[Any] = numpy.ndarray(dimensions, kind, flat, order=order)
-        else:
-            array = flat.view(kind).reshape(dimensions, order=order)
-        return array
+        from .arrays import on_view  # imported late: NumPy is optional
+
+        return on_view(self._open(), shape, dtype, offset, order)
 
     # --- its end ---
 
@@ -415,11 +391,3 @@ def _dimensions(shape: SupportsIndex | Iterable[SupportsIndex]) -> tuple[int, ..
     if isinstance(shape, Iterable):
         return tuple(operator.index(number) for number in shape)
     return (operator.index(shape),)
-
-
-def _numpy() -> Any:
-    try:
-        import numpy
-    except ImportError as error:
-        raise ImportError("SharedBuffer.ndarray needs NumPy: pip install 'mpmemory[numpy]'") from error
-    return numpy

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Protocol, Self, SupportsIndex, TypeVar
 from . import _backends
 from ._backends import platform
 from ._fds import LostFd, OwnedFd, borrow_socket, recv_fd, send_fds
-from .errors import failed
+from .errors import SealedError, failed
 from .reduction import Shareable, release_launched, share_fd
 
 if TYPE_CHECKING:
@@ -205,7 +205,7 @@ class Memory(Shareable):
 
     @property
     def seals(self) -> Seal:
-        """The seals on it; none where the backend is not memfd."""
+        """The seals on it; where the backend is not memfd, none or `SEAL` alone: none can be added."""
         fd = self._open()
         return Seal(platform.seals(fd.fileno()))
 
@@ -298,6 +298,30 @@ class Memory(Shareable):
         if _is_open_readonly(fd.fileno()):
             raise PermissionError(errno.EACCES, f"cannot grow memory {self._name!r}: it is read-only")
         _grow(fd, size)
+
+    def seal(self, seals: Seal) -> None:
+        """Forbid for ever, and to everybody, what the seals say.
+
+        Args:
+            seals: one or several, as in `Seal.WRITE | Seal.GROW`. Those that are there already change nothing.
+
+        Raises:
+            TypeError: `seals` is no Seal.
+            SealedError: `Seal.SEAL` is there: no seal can be added.
+            OSError: EBUSY for `Seal.WRITE` while anybody has the memory mapped for writing (`FUTURE_WRITE` lets
+                them go on); ENOTSUP where the backend is not memfd; EACCES if the handle is read-only.
+        """
+        if not isinstance(seals, Seal):
+            raise TypeError(f"expected a Seal, found {type(seals).__name__}")
+        fd = self._open()
+        try:
+            platform.add_seals(fd.fileno(), seals)
+        except OSError as error:
+            if error.errno == errno.EPERM and self.seals & Seal.SEAL:
+                raise SealedError(errno.EPERM, f"cannot add {seals!r} to memory {self._name!r}: seal SEAL") from None
+            if error.errno == errno.EPERM:  # fcntl(2): also if the descriptor is not open for writing
+                error = OSError(errno.EACCES, "")
+            raise failed(f"cannot add {seals!r} to memory {self._name!r}", error) from None
 
     def dup(self) -> Self:
         """Return a second handle, with a descriptor of its own, on the same memory. Raises OSError (EMFILE)."""

@@ -20,7 +20,7 @@ from typing import Any
 import pytest
 
 import mpmemory
-from mpmemory import HandleLostError, Memory, _backends, _segments, _sharer
+from mpmemory import HandleLostError, Memory, _backends, _mappings, _reaper, _segments, _sharer
 from mpmemory._reaper import reaper
 from mpmemory.connection import Pipe
 
@@ -121,6 +121,7 @@ def _leaves_nothing() -> Iterator[None]:
     _sharer._sharer.stop(timeout=10)
     gc.collect()
     _segments.warm.release(float("inf"))
+    _mappings.release(float("inf"))
     reaper.join()
     assert multiprocessing.active_children() == []
     leaked = {fd: what for fd, what in open_fds().items() if fds.get(fd) != what}
@@ -152,6 +153,12 @@ def pipe() -> Any:
     left, right = Pipe()
     with left, right:
         yield left, right
+
+
+@pytest.fixture
+def never_idle(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Keep warm what is kept warm."""
+    monkeypatch.setattr(_reaper, "IDLE_TIMEOUT", 1000.0)
 
 
 @pytest.fixture

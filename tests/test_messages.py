@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import gc
 import os
 import sys
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import pytest
 from conftest import mappings, open_fds
 
-from mpmemory import _segments
 from mpmemory._backends import platform
 from mpmemory.connection import Pipe
 
@@ -56,15 +53,7 @@ def test_a_sender_that_waits_has_no_descriptors_under_way(run_python: Any) -> No
     )
 
 
-@pytest.fixture
-def _never_idle(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(_segments, "IDLE_TIMEOUT", 1000.0)
-    yield
-    gc.collect()
-    _segments.warm.release(float("inf"))
-
-
-@pytest.mark.usefixtures("_never_idle")
+@pytest.mark.usefixtures("never_idle")
 def test_a_send_in_the_middle_of_a_send_gets_another_segment() -> None:
     """As a signal handler may, or a finalizer that the garbage collector runs."""
     left, right = Pipe()
@@ -89,7 +78,7 @@ def test_a_send_in_the_middle_of_a_send_gets_another_segment() -> None:
     right.close()
 
 
-@pytest.mark.usefixtures("_never_idle")
+@pytest.mark.usefixtures("never_idle")
 def test_a_forked_child_keeps_nothing_of_the_warm_segments() -> None:
     """The reaper is no thread of the child, but its frame is there for ever, and held them all."""
     left, right = Pipe()

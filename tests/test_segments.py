@@ -9,21 +9,16 @@ import numpy as np
 import pytest
 from conftest import START_METHODS, mappings, open_fds
 
-from mpmemory import _segments, get_context
+from mpmemory import _reaper, _segments, get_context
 from mpmemory._reaper import reaper
 from mpmemory.connection import Connection, Pipe
-
-
-@pytest.fixture
-def _never_idle(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_segments, "IDLE_TIMEOUT", 1000.0)
 
 
 def segments() -> set[str]:
     return {line.split()[4] for line in mappings() if "mpmemory-segment" in line}
 
 
-@pytest.mark.usefixtures("_never_idle")
+@pytest.mark.usefixtures("never_idle")
 def test_segments_are_used_again(pipe: Any) -> None:
     left, right = pipe
     array = np.zeros(200_000)
@@ -36,7 +31,7 @@ def test_segments_are_used_again(pipe: Any) -> None:
     assert len(set.union(*seen)) == 1
 
 
-@pytest.mark.usefixtures("_never_idle")
+@pytest.mark.usefixtures("never_idle")
 def test_a_segment_is_not_used_again_before_its_last_array_is_gone(pipe: Any) -> None:
     left, right = pipe
     left.send(np.full(200_000, 1))
@@ -67,7 +62,7 @@ def test_beyond_the_budget_arrays_are_copies_like_the_others(pipe: Any) -> None:
         first[:] = -1
 
 
-@pytest.mark.usefixtures("_never_idle")
+@pytest.mark.usefixtures("never_idle")
 def test_segments_come_back_from_messages_that_nobody_reads() -> None:
     left, right = Pipe()
     array = np.zeros(200_000)
@@ -88,7 +83,7 @@ def hold_and_wait(conn: Connection) -> None:
     conn.recv()
 
 
-@pytest.mark.usefixtures("_never_idle")
+@pytest.mark.usefixtures("never_idle")
 @pytest.mark.parametrize("method", START_METHODS)
 def test_segments_come_back_from_a_killed_receiver(method: str) -> None:
     left, right = Pipe()
@@ -107,7 +102,7 @@ def test_segments_come_back_from_a_killed_receiver(method: str) -> None:
 
 
 def test_idle_segments_and_mappings_are_given_up(pipe: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_segments, "IDLE_TIMEOUT", 0.1)
+    monkeypatch.setattr(_reaper, "IDLE_TIMEOUT", 0.1)
     left, right = pipe
     before = open_fds()
     left.send(np.zeros(200_000))
@@ -127,7 +122,7 @@ def check_that_nothing_is_inherited(conn: Connection) -> None:
     conn.send(np.zeros(200_000))
 
 
-@pytest.mark.usefixtures("_never_idle")
+@pytest.mark.usefixtures("never_idle")
 def test_a_forked_child_owns_no_segments(pipe: Any) -> None:
     left, right = pipe
     left.send(np.zeros(200_000))
@@ -158,10 +153,9 @@ def test_five_thousand_arrays_are_kept_under_a_limit_of_1024_descriptors(run_pyt
 def test_five_thousand_arrays_from_a_queue_are_kept_and_given_up(run_python: Any) -> None:
     run_python(
         "import os, resource, numpy as np, mpmemory\n"
-        "from mpmemory import _segments\n"
-        "from mpmemory._reaper import reaper\n"
+        "from mpmemory import _reaper, _segments\n"
         "resource.setrlimit(resource.RLIMIT_NOFILE, (1024, 1024))\n"
-        "_segments.IDLE_TIMEOUT = 0.2\n"
+        "_reaper.IDLE_TIMEOUT = 0.2\n"
         "def write(queue):\n"
         "    for index in range(5000): queue.put(np.full(12_500, index, float))\n"
         "def resident():\n"
@@ -176,7 +170,7 @@ def test_five_thousand_arrays_from_a_queue_are_kept_and_given_up(run_python: Any
         "assert all((array == index).all() for index, array in enumerate(kept))\n"
         "assert len(_segments.Lease._held) == 256 and resident() > memory + 450e6\n"
         "del kept\n"
-        "reaper.join()\n"
+        "_reaper.reaper.join()\n"
         "assert os.listdir('/proc/self/fd') == fds\n"
         "assert resident() < memory + 100e6, resident() - memory\n"
     )

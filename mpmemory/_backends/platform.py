@@ -19,7 +19,9 @@ import struct
 import sys
 import time
 from types import TracebackType
-from typing import Self
+from typing import Self, TypeVar
+
+M = TypeVar("M", bound=mmap.mmap)
 
 # <linux/fcntl.h>. Python's fcntl has them on Linux only, and F_SEAL_FUTURE_WRITE from 3.13 on.
 F_ADD_SEALS = 1033
@@ -58,6 +60,14 @@ def seals(fd: int) -> int:
         return 0
 
 
+def add_seals(fd: int, wanted: int) -> None:
+    """Add seals (F_ADD_SEALS, fcntl(2)). Raises OSError, ENOTSUP where there can be none."""
+    # Files that are no memfd have at most this one, from birth on.
+    if seals(fd) in (0, F_SEAL_SEAL):
+        raise OSError(errno.ENOTSUP, "")
+    fcntl.fcntl(fd, F_ADD_SEALS, wanted)
+
+
 def grow(fd: int, size: int) -> None:
     """Make the file of `fd` at least `size` bytes long. It never becomes shorter, whoever else grows it too.
 
@@ -78,11 +88,11 @@ def grow(fd: int, size: int) -> None:
         os.ftruncate(fd, size)
 
 
-def map_fd(fd: int, length: int, *, access: int, offset: int) -> mmap.mmap:
-    """Map `length` bytes from the page-aligned `offset` on. The mapping does not need `fd` afterwards."""
+def map_fd(kind: type[M], fd: int, length: int, *, access: int, offset: int) -> M:
+    """Map `length` bytes from the page-aligned `offset` on, as mmap or a subclass. It does not need `fd` afterwards."""
     if sys.version_info >= (3, 13):
-        return mmap.mmap(fd, length, access=access, offset=offset, trackfd=False)
-    return mmap.mmap(fd, length, access=access, offset=offset)  # holds a dup of fd until unmapped
+        return kind(fd, length, access=access, offset=offset, trackfd=False)
+    return kind(fd, length, access=access, offset=offset)  # holds a dup of fd until unmapped
 
 
 def write_all(fd: int, view: memoryview, offset: int) -> None:

@@ -1,0 +1,165 @@
+"""Mappings of shared memory that know it: which memory is at an address, and one mapping for all of a memory."""
+
+from __future__ import annotations
+
+import bisect
+import mmap
+import os
+import threading
+import time
+import weakref
+from typing import NamedTuple
+
+from . import _reaper
+from ._backends import platform
+from ._fds import OwnedFd
+from ._reaper import reaper
+from .errors import failed
+from .memory import Memory
+
+
+class Mapping(mmap.mmap):
+    """A mapping of shared memory. Never closed, only dropped: it goes with the last view of it."""
+
+    fd: OwnedFd
+    label: str
+    start: int  # where in the memory it begins, in bytes
+    _memory: Memory | None = None
+    _address: int | None = None
+
+    @property
+    def memory(self) -> Memory:
+        """A handle on the memory: always the same one, which a pickler sends only once."""
+        if self._memory is None:
+            self._memory = Memory._own(self.fd, self.label)
+        return self._memory
+
+    @property
+    def address(self) -> int:
+        """Where in this process it begins."""
+        if self._address is None:
+            from numpy import frombuffer  # only arrays are looked for
+
+            self._address = int(frombuffer(self, "u1").ctypes.data)
+        return self._address
+
+
+def map_memory(memory: Memory, length: int, start: int, access: int) -> Mapping:
+    """Map `length` bytes of `memory` from `start` on, a multiple of the page size.
+
+    Raises HandleLostError, ValueError if it is closed, OSError.
+    """
+    fd = memory._open()  # held until it is mapped: another thread may close the handle
+    number = fd.fileno()
+    try:
+        mapping = platform.map_fd(Mapping, number, length, access=access, offset=start)
+    except OSError as error:
+        raise failed(f"cannot map {length} bytes of memory {memory.name!r}", error) from None
+    assert isinstance(fd, OwnedFd)
+    mapping.fd, mapping.label, mapping.start = fd, memory.name, start
+    if access != mmap.ACCESS_COPY:  # that one is private to this process
+        _add(mapping)
+    return mapping
+
+
+# --- by address -----------------------------------------------------------------------------------
+
+# All there are. A reference's callback comes before the memory is unmapped, so that no address is taken
+# for a mapping that is gone.
+_live: set[weakref.ref[Mapping]] = set()
+_state = object()  # another one after each change
+
+
+class _Index(NamedTuple):
+    state: object
+    addresses: list[int]  # sorted
+    references: list[weakref.ref[Mapping]]
+
+
+_index = _Index(None, [], [])
+
+
+def _add(mapping: Mapping) -> None:
+    global _state
+    _live.add(weakref.ref(mapping, _remove))
+    _state = object()
+
+
+def _remove(reference: weakref.ref[Mapping]) -> None:
+    global _state
+    _live.discard(reference)
+    _state = object()
+
+
+def _build_index() -> _Index:
+    state = _state  # before it is looked at: whatever changes from now on makes this index out of date
+    mappings = [(reference(), reference) for reference in list(_live)]
+    entries = sorted((mapping.address, place) for place, (mapping, _) in enumerate(mappings) if mapping is not None)
+    return _Index(state, [address for address, _ in entries], [mappings[place][1] for _, place in entries])
+
+
+def find(address: int) -> tuple[Mapping, int] | None:
+    """Return the mapping that this address of the process is in, and the offset in the memory; None if in none."""
+    global _index
+    index = _index
+    if index.state is not _state:
+        _index = index = _build_index()
+    place = bisect.bisect_right(index.addresses, address) - 1
+    if place < 0:
+        return None
+    mapping = index.references[place]()
+    offset = address - index.addresses[place]
+    if mapping is None or offset >= len(mapping):
+        return None
+    return mapping, mapping.start + offset
+
+
+# --- by memory ------------------------------------------------------------------------------------
+
+Identity = tuple[int, int]
+
+_lock = threading.RLock()
+_whole: weakref.WeakValueDictionary[Identity, Mapping] = weakref.WeakValueDictionary()
+_warm: dict[Identity, tuple[Mapping, float]] = {}  # with the last use, on the monotonic clock
+
+
+def map_whole(memory: Memory, *, keep_warm: bool = False) -> Mapping:
+    """Map all of `memory`, for writing if that can be: once in this process, as long as anything views it.
+
+    `keep_warm` keeps the mapping for a while longer, since the next message may be about the same memory.
+    If the memory has grown, what is new is in the next mapping. Raises as `map_memory`.
+    """
+    identity = memory.identity
+    with _lock:
+        mapping = _whole.get(identity)
+        size = memory.size
+        if mapping is None or len(mapping) < size:
+            access = mmap.ACCESS_READ if memory.readonly else mmap.ACCESS_WRITE
+            _whole[identity] = mapping = map_memory(memory, size, 0, access)
+        if keep_warm:
+            _warm[identity] = mapping, time.monotonic()
+            reaper.watch(_release_idle)
+    return mapping
+
+
+def _release_idle() -> bool:
+    return release(time.monotonic() - _reaper.IDLE_TIMEOUT)
+
+
+def release(before: float) -> bool:
+    """Give up what was not used since `before`, on the monotonic clock, and return whether anything is left."""
+    with _lock:
+        for identity, (_, last_used) in list(_warm.items()):
+            if last_used < before:
+                del _warm[identity]
+        return bool(_warm)
+
+
+def _start_anew() -> None:
+    """In a forked child: it keeps the arrays that it has inherited, not what its parent kept warm."""
+    global _lock
+    _lock = threading.RLock()
+    _warm.clear()
+
+
+os.register_at_fork(after_in_child=_start_anew)
