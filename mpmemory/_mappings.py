@@ -116,28 +116,29 @@ def find(address: int) -> tuple[Mapping, int] | None:
 
 # --- by memory ------------------------------------------------------------------------------------
 
-Identity = tuple[int, int]
+Key = tuple[int, int, bool]  # device and inode, and whether it is to be written to
 
 _lock = threading.RLock()
-_whole: weakref.WeakValueDictionary[Identity, Mapping] = weakref.WeakValueDictionary()
-_warm: dict[Identity, tuple[Mapping, float]] = {}  # with the last use, on the monotonic clock
+_whole: weakref.WeakValueDictionary[Key, Mapping] = weakref.WeakValueDictionary()
+_warm: dict[Key, tuple[Mapping, float]] = {}  # with the last use, on the monotonic clock
 
 
-def map_whole(memory: Memory, *, keep_warm: bool = False) -> Mapping:
-    """Map all of `memory`, for writing if that can be: once in this process, as long as anything views it.
+def map_whole(memory: Memory, *, write: bool = True, keep_warm: bool = False) -> Mapping:
+    """Map all of `memory`: once in this process, as long as anything views it.
 
-    `keep_warm` keeps the mapping for a while longer, since the next message may be about the same memory.
-    If the memory has grown, what is new is in the next mapping. Raises as `map_memory`.
+    Not to `write` gives a mapping that cannot be written to. To write also gives such a one, if this process
+    cannot have another (any more). `keep_warm` keeps the mapping for a while longer, since the next message may
+    be about the same memory. If the memory has grown, what is new is in the next mapping. Raises as `map_memory`.
     """
-    identity = memory.identity
+    status = os.fstat(memory.fileno())
+    key = status.st_dev, status.st_ino, write
     with _lock:
-        mapping = _whole.get(identity)
-        size = memory.size
-        if mapping is None or len(mapping) < size:
-            access = mmap.ACCESS_READ if memory.readonly else mmap.ACCESS_WRITE
-            _whole[identity] = mapping = map_memory(memory, size, 0, access)
+        mapping = _whole.get(key)
+        if mapping is None or len(mapping) < status.st_size:
+            access = mmap.ACCESS_WRITE if write and not memory.readonly else mmap.ACCESS_READ
+            _whole[key] = mapping = map_memory(memory, status.st_size, 0, access)
         if keep_warm:
-            _warm[identity] = mapping, time.monotonic()
+            _warm[key] = mapping, time.monotonic()
             reaper.watch(_release_idle)
     return mapping
 
@@ -149,9 +150,9 @@ def _release_idle() -> bool:
 def release(before: float) -> bool:
     """Give up what was not used since `before`, on the monotonic clock, and return whether anything is left."""
     with _lock:
-        for identity, (_, last_used) in list(_warm.items()):
+        for key, (_, last_used) in list(_warm.items()):
             if last_used < before:
-                del _warm[identity]
+                del _warm[key]
         return bool(_warm)
 
 

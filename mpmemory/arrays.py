@@ -18,7 +18,6 @@ meet. After fork, parent and child share the arrays there are.
 from __future__ import annotations
 
 import math
-import mmap
 import operator
 import pickle
 from collections.abc import Iterable
@@ -165,8 +164,7 @@ def frozen(a: NDArray[Any]) -> NDArray[Any]:
     memory = mapping.memory
     if not memory.readonly:
         memory.seal(Seal.FUTURE_WRITE)
-    # A mapping of its own, in which not even this process can write.
-    readonly = _mappings.map_memory(memory, memory.size, 0, mmap.ACCESS_READ)
+    readonly = _mappings.map_whole(memory, write=False)
     return np.ndarray(a.shape, a.dtype, _bytes_of(readonly), offset, strides)
 
 
@@ -266,7 +264,9 @@ def _rebuild(
 ) -> Any:
     """Return the array there, or what stands for one that cannot be had. Never raises an Exception."""
     try:
-        mapping = _mappings.map_whole(memory, keep_warm=True)
+        # What is sealed, not even a forked child shall write to, although its parent's mapping lets it.
+        write = writeable or not memory.readonly
+        mapping = _mappings.map_whole(memory, write=write, keep_warm=True)
         result = np.ndarray(shape, dtype, _bytes_of(mapping), offset, strides)
     except Exception as error:
         return LostArray(LostFd.because(error, "the array cannot be had"))
