@@ -314,14 +314,15 @@ class Memory(Shareable):
         if not isinstance(seals, Seal):
             raise TypeError(f"expected a Seal, found {type(seals).__name__}")
         fd = self._open()
+        asked = f"cannot add {seals!r} to memory {self._name!r}"
         try:
             platform.add_seals(fd.fileno(), seals)
         except OSError as error:
             if error.errno == errno.EPERM and self.seals & Seal.SEAL:
-                raise SealedError(errno.EPERM, f"cannot add {seals!r} to memory {self._name!r}: seal SEAL") from None
+                raise SealedError(errno.EPERM, f"{asked}: seal SEAL is on it") from None
             if error.errno == errno.EPERM:  # fcntl(2): also if the descriptor is not open for writing
                 error = OSError(errno.EACCES, "")
-            raise failed(f"cannot add {seals!r} to memory {self._name!r}", error) from None
+            raise failed(asked, error) from None
 
     def dup(self) -> Self:
         """Return a second handle, with a descriptor of its own, on the same memory. Raises OSError (EMFILE)."""

@@ -221,6 +221,40 @@ def test_readonly_memory(tmp_path: Path) -> None:
     assert memory.pread(2) == b"01"
 
 
+def test_sealing(backend: str) -> None:
+    memory = Memory(100)
+    with pytest.raises(TypeError, match="expected a Seal, found int"):
+        memory.seal(8)  # type: ignore[arg-type]
+    if backend != "memfd":
+        before = memory.seals
+        with pytest.raises(OSError, match=r"cannot add <Seal.GROW: 4> to memory 'mpmemory': Operation not supported"):
+            memory.seal(Seal.GROW)
+        assert memory.seals == before
+        return
+    mapped = memory.map()
+    with pytest.raises(OSError, match=r"cannot add <Seal.WRITE: 8> to memory 'mpmemory': Device or resource busy"):
+        memory.seal(Seal.WRITE)
+    memory.seal(Seal.GROW | Seal.FUTURE_WRITE)
+    memory.seal(Seal.GROW)
+    assert memory.seals & ~Seal.EXEC == Seal.SHRINK | Seal.GROW | Seal.FUTURE_WRITE
+    mapped[0] = 7  # those there are go on
+    assert memory.readonly
+    assert memory.map().readonly
+    with pytest.raises(PermissionError):
+        memory.pwrite(b"x")
+    with pytest.raises(OSError, match="cannot have memory of 200 bytes"):
+        memory.grow(200)
+    mapped.close()
+    memory.seal(Seal.WRITE | Seal.SEAL)
+    with pytest.raises(SealedError, match=r"cannot add <Seal.EXEC: 32> to memory 'mpmemory': seal SEAL is on it"):
+        memory.seal(Seal.EXEC)
+    assert memory.pread(1) == b"\7"
+    other = Memory(10)
+    reader = Memory.from_fd(os.open(f"/proc/self/fd/{other.fileno()}", os.O_RDONLY))
+    with pytest.raises(PermissionError, match=r"cannot add .* Permission denied"):
+        reader.seal(Seal.GROW)
+
+
 @pytest.mark.parametrize("seal", [Seal.WRITE, Seal.FUTURE_WRITE])
 def test_sealed_memory_cannot_be_mapped_for_writing(seal: Seal, backend: str) -> None:
     if backend != "memfd":

@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 from conftest import START_METHODS
 
-from mpmemory import _segments, get_context
+from mpmemory import _segments, arrays, get_context
 
 ROWS = 20_000
 
@@ -99,3 +99,34 @@ def test_frames_through_queues(method: str) -> None:
     requests.put(None)
     child.join()
     assert child.exitcode == 0
+
+
+def negate(frame: pd.DataFrame, column: np.ndarray) -> pd.DataFrame:
+    column *= -1  # pandas itself would copy before it writes
+    assert (frame["a"] == column).all()
+    return frame
+
+
+@pytest.mark.parametrize("method", START_METHODS)
+def test_a_frame_on_shared_arrays_is_sent_by_reference(method: str) -> None:
+    values = arrays.zeros((3, ROWS))  # a row for each column, as pandas keeps them
+    values[:] = np.arange(ROWS)
+    frame = pd.DataFrame(values.T, columns=list("abc"), copy=False)
+    with get_context(method).Pool(1) as pool:
+        found = pool.apply(negate, (frame, values[0]))
+        pool.close()
+        pool.join()
+    assert (frame["a"] == -np.arange(ROWS)).all()
+    for column, row in zip("abc", values, strict=True):
+        assert arrays.is_shared(found[column].to_numpy())
+        row[0] = 7
+        assert found[column][0] == 7
+
+
+def test_rows_of_a_frame_on_shared_arrays_are_copied_by_pandas(pipe: Any) -> None:
+    left, right = pipe
+    frame = pd.DataFrame(arrays.zeros((3, ROWS)).T, copy=False)
+    left.send(frame.iloc[10:20])
+    found = right.recv()
+    assert not arrays.is_shared(found[0].to_numpy())
+    pd.testing.assert_frame_equal(found, frame.iloc[10:20])
