@@ -16,13 +16,14 @@ from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from functools import partial
 from multiprocessing.connection import Connection
+from multiprocessing.reduction import ForkingPickler
 from multiprocessing.shared_memory import ShareableList, SharedMemory
 from typing import Any
 
 import numpy as np
 
 import mpmemory
-from mpmemory import PAGE_SIZE, Memory, Seal, SharedBuffer, WorkerLostError
+from mpmemory import PAGE_SIZE, Memory, Seal, SharedBuffer, WorkerLostError, arrays
 
 from .measure import Comparison, Side, shielded
 
@@ -284,6 +285,76 @@ def pool_arrays() -> Generator[Comparison, None, None]:
         )
 
 
+def shared_arrays() -> Generator[Comparison, None, None]:
+    """Arrays that all tasks get, by reference and as copies; and what that costs arrays in private memory."""
+    with _pools() as (ours, stock, _):
+        large, small = arrays.zeros(1 << 27), arrays.zeros(1 << 17)
+        yield Comparison(
+            5,
+            Side("a shared array of 1 GB to 100 tasks", partial(_share, ours, large)),
+            (Side("of 1 MB", partial(_share, ours, small)), Side("100 times nothing", partial(_share, ours, 0))),
+        )
+        del large, small
+        private = np.zeros(1 << 19)
+        yield Comparison(
+            1,
+            Side("a shared array of 4 MB to 100 tasks", partial(_share, ours, arrays.array(private))),
+            (
+                Side("a copy for each, our Pool", partial(_share, ours, private)),
+                Side("a copy for each, the stock Pool", partial(_share, stock, private)),
+                *_joblib(partial(_joblib_share, private), max_nbytes="1M"),
+            ),
+        )
+    for array in (np.zeros(100), np.zeros((20, 20))[:, ::2]):
+        yield Comparison(
+            1000,
+            Side(f"pickling {array.size} private numbers", partial(ForkingPickler.dumps, array)),
+            (Side("without mpmemory.arrays", partial(_Without.dumps, array)),),
+        )
+    yield Comparison(
+        20,
+        Side("100 small arrays, made and dropped", partial(_make_100, partial(arrays.zeros, 100))),
+        (
+            Side("in private memory", partial(_make_100, partial(np.zeros, 100))),
+            Side("in SharedMemory each", partial(_make_100, _array_in_shared_memory)),
+        ),
+    )
+
+
+class _Without(ForkingPickler):
+    """The pickler of multiprocessing as it is if `mpmemory.arrays` is never imported."""
+
+    _extra_reducers = {  # noqa: RUF012
+        kind: reduce
+        for kind, reduce in ForkingPickler._extra_reducers.items()  # type: ignore[attr-defined]
+        if kind is not np.ndarray
+    }
+
+
+def _share(pool: Any, array: Array | int) -> None:
+    pool.map(_nothing, [array] * 100, chunksize=1)
+
+
+def _joblib_share(array: Array, parallel: Any, delayed: Any) -> None:
+    parallel(delayed(_nothing)(array) for _ in range(100))
+
+
+def _nothing(_: object) -> None:
+    pass
+
+
+def _make_100(make: Callable[[], object]) -> None:
+    kept = [make() for _ in range(100)]
+    del kept
+
+
+def _array_in_shared_memory() -> Any:
+    memory = SharedMemory(create=True, size=800)
+    array: Array = np.ndarray((100,), buffer=memory.buf)
+    memory.unlink()
+    return memory, array
+
+
 def pool_deaths() -> Generator[Comparison, None, None]:
     """A worker is killed: until its task fails, and the next one has been done."""
     with mpmemory.get_context("fork").Pool(2) as ours:
@@ -329,14 +400,14 @@ def _keep(pool: Any) -> None:
     assert len(kept) == 1000
 
 
-def _joblib(run: Callable[[Any, Any], object]) -> tuple[Side, ...]:
+def _joblib(run: Callable[[Any, Any], object], max_nbytes: str | None = None) -> tuple[Side, ...]:
     """Return a side that runs joblib (loky), if it is installed."""
     try:
         from joblib import Parallel, delayed
     except ImportError:
         return ()
-    # Its workers stay; with memmapping it would write arrays to files, once, and share those.
-    return (Side("joblib", lambda: run(Parallel(n_jobs=2, max_nbytes=None), delayed)),)
+    # Its workers stay. Arrays of more than `max_nbytes` it writes to a file, once a call, and shares that.
+    return (Side("joblib", lambda: run(Parallel(n_jobs=2, max_nbytes=max_nbytes), delayed)),)
 
 
 def _joblib_echo(array: Array, parallel: Any, delayed: Any) -> object:
@@ -417,6 +488,7 @@ ROWS: dict[str, Row] = {
     "message": message,
     "pool": pool,
     "pool-arrays": pool_arrays,
+    "arrays": shared_arrays,
     "pool-deaths": pool_deaths,
     "start": start,
     "import": imports,
