@@ -43,7 +43,7 @@ def test_the_readme_has_two_commands() -> None:
     assert "pytest" in second
 
 
-@pytest.mark.parametrize("path", ["docs/migrating.md"])
+@pytest.mark.parametrize("path", ["docs/migrating.md", "docs/arrays.md"])
 def test_programs_of_the_docs(path: str, run_python: Any) -> None:
     for program, output in zip(blocks("python", path), blocks("output", path), strict=True):
         assert run_python(program).stdout == output

@@ -123,6 +123,16 @@ def test_a_frame_on_shared_arrays_is_sent_by_reference(method: str) -> None:
         assert found[column][0] == 7
 
 
+def test_a_frame_on_several_shared_arrays(pipe: Any) -> None:
+    left, right = pipe
+    columns = {"a": arrays.ones(ROWS), "b": arrays.zeros(ROWS, "i4"), "c": arrays.zeros(ROWS, "M8[ns]")}
+    left.send(pd.DataFrame(columns, copy=False))
+    found = right.recv()
+    for name, column in columns.items():
+        column[0] = 5
+        assert found[name][0] == column[0]
+
+
 def test_rows_of_a_frame_on_shared_arrays_are_copied_by_pandas(pipe: Any) -> None:
     left, right = pipe
     frame = pd.DataFrame(arrays.zeros((3, ROWS)).T, copy=False)
