@@ -196,6 +196,23 @@ def test_memory_that_holds_no_list(data: bytes) -> None:
     block.unlink()
 
 
+def test_an_item_that_cannot_be_read_is_a_value_error() -> None:
+    items = ShareableList([1, "text"])
+    good = bytes(items.shm.buf)
+    refused = 0
+    for at in range(8, len(good)):
+        for byte in (0, 1, 9, 127, 255):
+            items.shm.buf[:] = good
+            items.shm.buf[at] = byte
+            for read in (lambda each: each[0], lambda each: each[-1], list, repr, lambda each: each.format):
+                try:
+                    read(ShareableList(name=items.shm.name))
+                except ValueError:
+                    refused += 1
+    assert refused > 100
+    items.shm.unlink()
+
+
 class Labelled(ShareableList[Any]):
     pass
 

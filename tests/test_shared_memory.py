@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import errno
 import gc
 import inspect
 import multiprocessing
@@ -10,8 +11,10 @@ import os
 import pickle
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import resource_tracker
 from multiprocessing import shared_memory as stock
 from typing import Any
 
@@ -153,6 +156,48 @@ def test_views_stay_valid_after_close() -> None:
     assert (part.cast("d")[0], len(view)) == (2.5, 80)
     del numbers, view
     assert part.cast("d")[0] == 2.5
+
+
+def test_attributes_of_the_user_s_own() -> None:
+    for made in (SharedMemory(create=True, size=5), ShareableList([1])):
+        made.label = "label"  # type: ignore[attr-defined]
+        assert vars(made) == {"label": "label"}
+        assert pickle.loads(dumps(made)).label == "label"
+        (made if isinstance(made, SharedMemory) else made.shm).unlink()
+
+
+def test_a_subclass_closes_in_its_own_way() -> None:
+    closed = []
+
+    class Closing(SharedMemory):
+        def close(self) -> None:
+            closed.append(self.size)
+            super().close()
+
+    block = Closing(create=True, size=5)
+    block.unlink()
+    del block
+    with pytest.raises(FileNotFoundError):
+        Closing("mpmemory-test-nix")
+    gc.collect()
+    assert closed == [5]
+
+
+def test_closing_and_unlinking_in_several_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One thread closes the block just when another has begun to unlink it."""
+    block = SharedMemory(create=True, size=5)
+    withdraw = _names.withdraw
+
+    def close_first(*args: Any) -> None:
+        closing = threading.Thread(target=block.close)
+        closing.start()
+        closing.join()
+        withdraw(*args)
+
+    monkeypatch.setattr(_names, "withdraw", close_first)
+    block.unlink()
+    assert _names._kept == {}
+    assert open_blocks() == []
 
 
 def test_numpy_s_recipe() -> None:
@@ -340,6 +385,25 @@ def test_without_such_names_it_is_a_posix_object(backend: str) -> None:
     assert not os.path.exists(f"/dev/shm/{block.name}")
 
 
+def test_in_a_pid_namespace_without_its_own_proc_it_is_a_posix_object() -> None:
+    """There /proc has other processes under our numbers."""
+    if os.geteuid() != 0 or subprocess.run(["unshare", "-pf", "true"], check=False).returncode != 0:
+        pytest.skip("needs a private pid namespace")
+    program = (
+        "import os\n"
+        "from mpmemory.shared_memory import SharedMemory\n"
+        "block = SharedMemory(create=True, size=5)\n"
+        "assert os.path.exists(f'/dev/shm/{block.name}')\n"
+        "SharedMemory(block.name).buf[0] = 7\n"
+        "print(block.buf[0])\n"
+        "block.unlink()\n"
+    )
+    done = subprocess.run(
+        ["unshare", "-pf", sys.executable, "-c", program], text=True, capture_output=True, check=False, timeout=60
+    )
+    assert (done.stdout, done.stderr) == ("7\n", "")
+
+
 # --- POSIX objects, shared with the standard library ----------------------------------------------
 
 
@@ -413,6 +477,45 @@ def test_an_untracked_name_stays(run_python: Any, name: str) -> None:
     block = SharedMemory(name)
     assert block.buf[0] == 7
     block.unlink()
+
+
+@pytest.mark.parametrize("addition", ["é", ":colon", "\nline", " space"])
+def test_names_that_the_tracker_cannot_read(addition: str, run_python: Any, name: str) -> None:
+    done = run_python(
+        "from mpmemory.shared_memory import SharedMemory\n"
+        "from multiprocessing import resource_tracker\n"
+        "resource_tracker.ensure_running()\n"
+        "for track in (True, False):\n"
+        f"    block = SharedMemory({name + addition!r}, create=True, size=10, track=track)\n"
+        f"    SharedMemory({name + addition!r}).buf[0] = 7\n"
+        "    assert block.buf[0] == 7\n"
+        "    block.unlink()\n"
+    )
+    assert done.stderr == ""
+    assert not os.path.exists(f"/dev/shm/{name}{addition}")
+
+
+def test_the_tracker_does_not_miss_what_an_unrelated_process_has_unlinked(run_python: Any, name: str) -> None:
+    done = run_python(
+        "import subprocess, sys\n"
+        "from mpmemory.shared_memory import SharedMemory\n"
+        f"block = SharedMemory({name!r}, create=True, size=10)\n"
+        "program = 'import sys; from mpmemory.shared_memory import SharedMemory; SharedMemory(sys.argv[1]).unlink()'\n"
+        "subprocess.run([sys.executable, '-c', program, block.name], check=True)\n"
+        "try: block.unlink()\n"
+        "except FileNotFoundError: print('gone')\n"
+    )
+    assert (done.stdout, done.stderr) == ("gone\n", "")
+
+
+def test_without_a_tracker_nothing_is_left_behind(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    def register(*_: Any) -> None:  # it has to be started, for which no descriptor is left
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    monkeypatch.setattr(resource_tracker, "register", register)
+    with pytest.raises(OSError, match="Too many open files"):
+        SharedMemory(name, create=True, size=10)
+    assert not os.path.exists(f"/dev/shm/{name}")
 
 
 def test_an_empty_object_is_refused(name: str) -> None:
