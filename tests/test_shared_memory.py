@@ -9,6 +9,7 @@ import inspect
 import multiprocessing
 import os
 import pickle
+import socket
 import subprocess
 import sys
 import threading
@@ -299,6 +300,18 @@ def test_memory_that_another_process_unlinks_is_given_up_here(ctx: Any) -> None:
         block.unlink()
     reaper.join()  # nothing is left to look after
     assert open_blocks() == []
+
+
+def test_what_a_number_is_used_for_now_is_only_looked_at() -> None:
+    """Opening a FIFO lets the writer at its other end go on."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    with pytest.raises(FileNotFoundError):
+        SharedMemory(f"mpm_{os.getpid()}_{writer}_1_5")
+    left, right = socket.socketpair()
+    with left, right, pytest.raises(FileNotFoundError):  # which cannot be opened
+        SharedMemory(f"mpm_{os.getpid()}_{left.fileno()}_1_5")
+    os.close(writer)
 
 
 def test_numbers_that_are_used_again_lead_nowhere() -> None:
