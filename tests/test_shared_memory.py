@@ -302,6 +302,14 @@ def test_memory_that_another_process_unlinks_is_given_up_here(ctx: Any) -> None:
     assert open_blocks() == []
 
 
+def test_the_same_inode_of_another_device_is_another_file() -> None:
+    block = SharedMemory(create=True, size=10)
+    *parts, device, inode = block.name.split("_")
+    with pytest.raises(FileNotFoundError):
+        SharedMemory("_".join([*parts, f"{int(device, 16) + 1:x}", inode]))
+    block.unlink()
+
+
 def test_what_a_number_is_used_for_now_is_only_looked_at() -> None:
     """Opening a FIFO lets the writer at its other end go on."""
     reader, writer = os.pipe()
@@ -398,6 +406,17 @@ def test_without_such_names_it_is_a_posix_object(backend: str) -> None:
     assert not os.path.exists(f"/dev/shm/{block.name}")
 
 
+@pytest.mark.parametrize("backend", ["file"], indirect=True)
+def test_a_name_that_is_taken_is_not_taken_again(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    numbers = [os.urandom(4) for _ in range(2)]
+    drawn = iter([numbers[0], *numbers])
+    monkeypatch.setattr(os, "urandom", lambda _: next(drawn))
+    blocks = [SharedMemory(create=True, size=10) for _ in range(2)]
+    assert [block.name for block in blocks] == [f"mpm-{number.hex()}" for number in numbers]
+    for block in blocks:
+        block.unlink()
+
+
 def test_in_a_pid_namespace_without_its_own_proc_it_is_a_posix_object() -> None:
     """There /proc has other processes under our numbers."""
     if os.geteuid() != 0 or subprocess.run(["unshare", "-pf", "true"], check=False).returncode != 0:
@@ -485,6 +504,9 @@ def test_an_untracked_name_stays(run_python: Any, name: str) -> None:
     done = run_python(
         "from mpmemory.shared_memory import SharedMemory\n"
         f"SharedMemory({name!r}, create=True, size=10, track=False).buf[0] = 7\n"
+        f"SharedMemory({name + '2'!r}, create=True, size=10, track=False).unlink()\n"
+        "from multiprocessing import resource_tracker\n"
+        "assert resource_tracker._resource_tracker._fd is None\n"  # not even started
     )
     assert done.stderr == ""
     block = SharedMemory(name)
@@ -701,6 +723,17 @@ def test_a_fork_does_not_keep_what_the_parent_kept() -> None:
     pid = os.fork()
     if pid == 0:
         os._exit(len(_names._kept) or len(open_blocks()))
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+    block.unlink()
+
+
+def test_a_forked_child_looks_after_its_own() -> None:
+    block = SharedMemory(create=True, size=10)
+    block.close()  # from now on the reaper runs here
+    pid = os.fork()
+    if pid == 0:
+        SharedMemory(create=True, size=10).close()
+        os._exit([thread.name for thread in threading.enumerate()[1:]] != ["mpmemory-reaper"])
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
     block.unlink()
 
