@@ -746,8 +746,11 @@ def test_out_of_descriptors(run_python: Any) -> None:
         "block = SharedMemory(create=True, size=10)\n"
         "expect_the_limit(lambda: SharedMemory(create=True, size=10))\n"
         "expect_the_limit(lambda: SharedMemory(block.name))\n"
+        "closed = SharedMemory(create=True, size=10)\n"
+        "closed.close()\n"
         "with no_descriptors_left():\n"
         "    block.unlink()\n"
+        "    closed.unlink()\n"
     )
 
 
