@@ -33,9 +33,10 @@ _kept: dict[str, OwnedFd] = {}
 def available() -> bool:
     """Return whether memory of this process's backend can have such a name.
 
-    That takes a /proc, and a file system that does not use the number of an inode again.
+    That takes a /proc, of this process's own pid namespace, and a file system that does not use the number of an
+    inode again.
     """
-    return platform.has_proc() and _backends.chosen().name != "file"
+    return platform.has_proc() and os.readlink("/proc/self") == str(os.getpid()) and _backends.chosen().name != "file"
 
 
 def is_name(text: str) -> bool:

@@ -20,7 +20,7 @@ from typing import Any, Generic, NamedTuple, Self, SupportsIndex, TypeVar
 
 from . import _names
 from ._backends import posix
-from ._fds import OwnedFd
+from ._fds import LostFd, OwnedFd
 from .buffer import SharedBuffer
 from .memory import Memory
 from .reduction import Shareable
@@ -43,9 +43,10 @@ class SharedMemory(Shareable):
     Can be used from several threads. After fork, parent and child share the block.
     """
 
-    __slots__ = ("_buf", "_buffer", "_name", "_size")
+    __slots__ = ("__dict__", "_buf", "_buffer", "_fd", "_name", "_size")  # with attributes of the user's own
 
     _buffer: SharedBuffer | None  # None once closed
+    _fd: OwnedFd | LostFd | None  # that of the buffer: another thread may close it
     _buf: memoryview | None  # None until it is asked for, and once closed
 
     def __init__(
@@ -60,6 +61,7 @@ class SharedMemory(Shareable):
             size: in bytes, kept exactly; of those that are created only.
             track: whether a POSIX object is destroyed when the processes end that were started from this one,
                 if it was not unlinked before. Of those that are created only: who attaches never destroys.
+                A name that the resource tracker cannot read (not ASCII, ":", a line feed) is not tracked.
 
         Raises:
             ValueError: `size` is negative, or 0 for a new block; `name` is missing, has a NUL, or, for a new
@@ -84,6 +86,7 @@ class SharedMemory(Shareable):
 
     def _put(self, name: str, buffer: SharedBuffer) -> None:
         self._name = name
+        self._fd = buffer.memory._open()
         self._buffer = buffer
         self._buf = None
         self._size = buffer.size
@@ -117,16 +120,16 @@ class SharedMemory(Shareable):
         The memory of an anonymous block stays until it is unlinked, also if nobody else has it: somebody may
         come and attach.
         """
-        buffer, self._buffer, self._buf = self._buffer, None, None
+        buffer, fd = self._buffer, self._fd
+        self._buffer = self._fd = self._buf = None
+        if fd is not None and _names.is_name(self._name):
+            _names.keep(self._name, fd)
         if buffer is not None:
-            if _names.is_name(self._name):
-                _names.keep(self._name, buffer.memory._open())
             buffer.close()
 
-    # Bound early: at interpreter exit the module's globals may be gone.
-    def __del__(self, _close: Callable[[SharedMemory], None] = close) -> None:
-        if hasattr(self, "_buffer"):
-            _close(self)
+    def __del__(self) -> None:
+        if hasattr(self, "_buf"):  # set last: it was constructed
+            self.close()  # that of a subclass, as in the standard library
 
     def unlink(self) -> None:
         """End the name: nobody can attach any more. The memory goes with the last that has it.
@@ -134,11 +137,13 @@ class SharedMemory(Shareable):
         Call it once, in any process, before `close` or after. Raises FileNotFoundError if the name has ended.
         """
         if _names.is_name(self._name):
-            buffer = self._buffer
-            _names.withdraw(self._name, None if buffer is None else buffer.memory._open())
-        else:
-            posix.unlink(_path(self._name))
-            _untrack(self._name)
+            _names.withdraw(self._name, self._fd)
+            return
+        path = _path(self._name)
+        try:
+            posix.unlink(path)
+        finally:  # also when an unrelated process has unlinked it: our tracker would complain that it is gone
+            _untrack(path)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (self._name, False, self._size)
@@ -178,11 +183,11 @@ def _create_named(name: str, size: int, track: bool) -> SharedBuffer:
         memory = Memory._own(fd, name)
         memory.grow(size)
         buffer = memory.map()
+        if track and _is_trackable(path):
+            resource_tracker.register(path, "shared_memory")
     except BaseException:
         posix.unlink(path)
         raise
-    if track:
-        resource_tracker.register(path, "shared_memory")
     return buffer
 
 
@@ -200,12 +205,17 @@ def _path(name: str) -> str:
     return f"/{name}"
 
 
-def _untrack(name: str) -> None:
+def _is_trackable(path: str) -> bool:
+    """Return whether the resource tracker can read this: lines of ASCII, with colons between their fields."""
+    return path.isascii() and ":" not in path and "\n" not in path
+
+
+def _untrack(path: str) -> None:
     """Tell the resource tracker, if these processes have one, that there is nothing to destroy."""
-    if resource_tracker._resource_tracker._fd is not None:  # type: ignore[attr-defined]
+    if resource_tracker._resource_tracker._fd is not None and _is_trackable(path):  # type: ignore[attr-defined]
         # It complains about what it does not know, and is asked nothing: another process may have registered it.
-        resource_tracker.register(_path(name), "shared_memory")
-        resource_tracker.unregister(_path(name), "shared_memory")
+        resource_tracker.register(path, "shared_memory")
+        resource_tracker.unregister(path, "shared_memory")
 
 
 # --- ShareableList --------------------------------------------------------------------------------
@@ -257,7 +267,7 @@ class ShareableList(Shareable, Generic[T]):
     `SharedMemory` does. Close and unlink the block in `.shm`.
     """
 
-    __slots__ = ("_offsets", "_shm")
+    __slots__ = ("__dict__", "_offsets", "_shm")
 
     _offsets: memoryview[int] | None  # of N + 1 items; None until they are read
 
@@ -327,10 +337,13 @@ class ShareableList(Shareable, Generic[T]):
             yield self[position]
 
     def __getitem__(self, position: SupportsIndex) -> T:
-        """Return an item. Raises IndexError; UnicodeDecodeError if another process is writing the str just now."""
+        """Return an item. Raises IndexError; ValueError if it is none, as while another process is writing it."""
         view, place = _view_of(self._shm), self._place(position)
-        (value,) = struct.unpack_from(_format_at(view, place.format), view, place.start)
-        return _decode(value, view[place.kind])  # type: ignore[no-any-return]
+        try:
+            (value,) = struct.unpack_from(_format_at(view, place.format), view, place.start)
+            return _decode(value, view[place.kind])  # type: ignore[no-any-return]
+        except (struct.error, AttributeError, IndexError, OverflowError, ValueError) as error:
+            raise ValueError(f"item {operator.index(position)} of {self._shm!r} cannot be read: {error}") from None
 
     def __setitem__(self, position: SupportsIndex, value: T) -> None:
         """Replace an item.

@@ -20,7 +20,7 @@ from typing import Any
 import pytest
 
 import mpmemory
-from mpmemory import HandleLostError, Memory, _backends, _mappings, _reaper, _segments, _sharer
+from mpmemory import HandleLostError, Memory, _backends, _mappings, _names, _reaper, _segments, _sharer
 from mpmemory._reaper import reaper
 from mpmemory.connection import Pipe
 
@@ -122,7 +122,11 @@ def _leaves_nothing() -> Iterator[None]:
     gc.collect()
     _segments.warm.release(float("inf"))
     _mappings.release(float("inf"))
+    _names._release_withdrawn()
+    kept = list(_names._kept)  # of a test that failed, perhaps: it must not keep the reaper, and all tests after it
+    _names._kept.clear()
     reaper.join()
+    assert kept == []
     assert multiprocessing.active_children() == []
     leaked = {fd: what for fd, what in open_fds().items() if fds.get(fd) != what}
     assert leaked == {}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import math
+import os
 import pickle
 import struct
 from multiprocessing import shared_memory as stock
@@ -18,6 +19,7 @@ from hypothesis import strategies as st
 from mpmemory import HandleLostError
 from mpmemory.shared_memory import ShareableList, SharedMemory
 
+NAME = f"mpmemory-test-list-{os.getpid()}"  # of a POSIX object
 DOCUMENTED = ["howdy", b"HoWdY", -273.154, 100, None, True, 42]
 
 
@@ -82,9 +84,9 @@ def test_an_item_is_replaced_by_what_fits_or_stays(first: Any, second: Any) -> N
 @given(st.lists(VALUES.filter(lambda value: not isinstance(value, str | bytes) or not str(value).endswith("\0"))))
 def test_the_standard_library_reads_it_and_is_read(values: list[Any]) -> None:
     kept = [value for value in values if not isinstance(value, bytes) or not value.endswith(b"\0")]
-    ours = ShareableList(kept, name="mpmemory-test-ours")
+    ours = ShareableList(kept, name=NAME)
     try:
-        theirs = stock.ShareableList(name="mpmemory-test-ours")
+        theirs = stock.ShareableList(name=NAME)
         assert all(same(left, right) for left, right in zip(theirs, kept, strict=True))
         for index, value in enumerate(kept):
             theirs[index] = value
@@ -178,10 +180,10 @@ def test_an_item_that_is_too_long() -> None:
 
 
 def test_a_list_with_a_name_is_made_once() -> None:
-    items = ShareableList([1], name="mpmemory-test-named")
+    items = ShareableList([1], name=NAME)
     with pytest.raises(FileExistsError):
-        ShareableList([2], name="mpmemory-test-named")
-    assert list(ShareableList(name="mpmemory-test-named")) == [1]
+        ShareableList([2], name=NAME)
+    assert list(ShareableList(name=NAME)) == [1]
     items.shm.unlink()
 
 
@@ -194,6 +196,23 @@ def test_memory_that_holds_no_list(data: bytes) -> None:
     with pytest.raises(ValueError, match="there is no ShareableList in SharedMemory"):
         ShareableList(name=block.name)
     block.unlink()
+
+
+def test_an_item_that_cannot_be_read_is_a_value_error() -> None:
+    items = ShareableList([1, "text"])
+    good = bytes(items.shm.buf)
+    refused = 0
+    for at in range(8, len(good)):
+        for byte in (0, 1, 9, 127, 255):
+            items.shm.buf[:] = good
+            items.shm.buf[at] = byte
+            for read in (lambda each: each[0], lambda each: each[-1], list, repr, lambda each: each.format):
+                try:
+                    read(ShareableList(name=items.shm.name))
+                except ValueError:
+                    refused += 1
+    assert refused > 100
+    items.shm.unlink()
 
 
 class Labelled(ShareableList[Any]):

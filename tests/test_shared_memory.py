@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import copy
+import errno
 import gc
 import inspect
 import multiprocessing
 import os
 import pickle
+import socket
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import resource_tracker
 from multiprocessing import shared_memory as stock
 from typing import Any
 
@@ -155,6 +159,48 @@ def test_views_stay_valid_after_close() -> None:
     assert part.cast("d")[0] == 2.5
 
 
+def test_attributes_of_the_user_s_own() -> None:
+    for made in (SharedMemory(create=True, size=5), ShareableList([1])):
+        made.label = "label"  # type: ignore[attr-defined]
+        assert vars(made) == {"label": "label"}
+        assert pickle.loads(dumps(made)).label == "label"
+        (made if isinstance(made, SharedMemory) else made.shm).unlink()
+
+
+def test_a_subclass_closes_in_its_own_way() -> None:
+    closed = []
+
+    class Closing(SharedMemory):
+        def close(self) -> None:
+            closed.append(self.size)
+            super().close()
+
+    block = Closing(create=True, size=5)
+    block.unlink()
+    del block
+    with pytest.raises(FileNotFoundError):
+        Closing("mpmemory-test-nix")
+    gc.collect()
+    assert closed == [5]
+
+
+def test_closing_and_unlinking_in_several_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One thread closes the block just when another has begun to unlink it."""
+    block = SharedMemory(create=True, size=5)
+    withdraw = _names.withdraw
+
+    def close_first(*args: Any) -> None:
+        closing = threading.Thread(target=block.close)
+        closing.start()
+        closing.join()
+        withdraw(*args)
+
+    monkeypatch.setattr(_names, "withdraw", close_first)
+    block.unlink()
+    assert _names._kept == {}
+    assert open_blocks() == []
+
+
 def test_numpy_s_recipe() -> None:
     source = np.array([1, 1, 2, 3, 5, 8])
     block = SharedMemory(create=True, size=source.nbytes)
@@ -256,6 +302,26 @@ def test_memory_that_another_process_unlinks_is_given_up_here(ctx: Any) -> None:
     assert open_blocks() == []
 
 
+def test_the_same_inode_of_another_device_is_another_file() -> None:
+    block = SharedMemory(create=True, size=10)
+    *parts, device, inode = block.name.split("_")
+    with pytest.raises(FileNotFoundError):
+        SharedMemory("_".join([*parts, f"{int(device, 16) + 1:x}", inode]))
+    block.unlink()
+
+
+def test_what_a_number_is_used_for_now_is_only_looked_at() -> None:
+    """Opening a FIFO lets the writer at its other end go on."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    with pytest.raises(FileNotFoundError):
+        SharedMemory(f"mpm_{os.getpid()}_{writer}_1_5")
+    left, right = socket.socketpair()
+    with left, right, pytest.raises(FileNotFoundError):  # which cannot be opened
+        SharedMemory(f"mpm_{os.getpid()}_{left.fileno()}_1_5")
+    os.close(writer)
+
+
 def test_numbers_that_are_used_again_lead_nowhere() -> None:
     block = SharedMemory(create=True, size=10)
     name = block.name
@@ -340,6 +406,36 @@ def test_without_such_names_it_is_a_posix_object(backend: str) -> None:
     assert not os.path.exists(f"/dev/shm/{block.name}")
 
 
+@pytest.mark.parametrize("backend", ["file"], indirect=True)
+def test_a_name_that_is_taken_is_not_taken_again(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    numbers = [os.urandom(4) for _ in range(2)]
+    drawn = iter([numbers[0], *numbers])
+    monkeypatch.setattr(os, "urandom", lambda _: next(drawn))
+    blocks = [SharedMemory(create=True, size=10) for _ in range(2)]
+    assert [block.name for block in blocks] == [f"mpm-{number.hex()}" for number in numbers]
+    for block in blocks:
+        block.unlink()
+
+
+def test_in_a_pid_namespace_without_its_own_proc_it_is_a_posix_object() -> None:
+    """There /proc has other processes under our numbers."""
+    if os.geteuid() != 0 or subprocess.run(["unshare", "-pf", "true"], check=False).returncode != 0:
+        pytest.skip("needs a private pid namespace")
+    program = (
+        "import os\n"
+        "from mpmemory.shared_memory import SharedMemory\n"
+        "block = SharedMemory(create=True, size=5)\n"
+        "assert os.path.exists(f'/dev/shm/{block.name}')\n"
+        "SharedMemory(block.name).buf[0] = 7\n"
+        "print(block.buf[0])\n"
+        "block.unlink()\n"
+    )
+    done = subprocess.run(
+        ["unshare", "-pf", sys.executable, "-c", program], text=True, capture_output=True, check=False, timeout=60
+    )
+    assert (done.stdout, done.stderr) == ("7\n", "")
+
+
 # --- POSIX objects, shared with the standard library ----------------------------------------------
 
 
@@ -408,11 +504,53 @@ def test_an_untracked_name_stays(run_python: Any, name: str) -> None:
     done = run_python(
         "from mpmemory.shared_memory import SharedMemory\n"
         f"SharedMemory({name!r}, create=True, size=10, track=False).buf[0] = 7\n"
+        f"SharedMemory({name + '2'!r}, create=True, size=10, track=False).unlink()\n"
+        "from multiprocessing import resource_tracker\n"
+        "assert resource_tracker._resource_tracker._fd is None\n"  # not even started
     )
     assert done.stderr == ""
     block = SharedMemory(name)
     assert block.buf[0] == 7
     block.unlink()
+
+
+@pytest.mark.parametrize("addition", ["é", ":colon", "\nline", " space"])
+def test_names_that_the_tracker_cannot_read(addition: str, run_python: Any, name: str) -> None:
+    done = run_python(
+        "from mpmemory.shared_memory import SharedMemory\n"
+        "from multiprocessing import resource_tracker\n"
+        "resource_tracker.ensure_running()\n"
+        "for track in (True, False):\n"
+        f"    block = SharedMemory({name + addition!r}, create=True, size=10, track=track)\n"
+        f"    SharedMemory({name + addition!r}).buf[0] = 7\n"
+        "    assert block.buf[0] == 7\n"
+        "    block.unlink()\n"
+    )
+    assert done.stderr == ""
+    assert not os.path.exists(f"/dev/shm/{name}{addition}")
+
+
+def test_the_tracker_does_not_miss_what_an_unrelated_process_has_unlinked(run_python: Any, name: str) -> None:
+    done = run_python(
+        "import subprocess, sys\n"
+        "from mpmemory.shared_memory import SharedMemory\n"
+        f"block = SharedMemory({name!r}, create=True, size=10)\n"
+        "program = 'import sys; from mpmemory.shared_memory import SharedMemory; SharedMemory(sys.argv[1]).unlink()'\n"
+        "subprocess.run([sys.executable, '-c', program, block.name], check=True)\n"
+        "try: block.unlink()\n"
+        "except FileNotFoundError: print('gone')\n"
+    )
+    assert (done.stdout, done.stderr) == ("gone\n", "")
+
+
+def test_without_a_tracker_nothing_is_left_behind(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    def register(*_: Any) -> None:  # it has to be started, for which no descriptor is left
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    monkeypatch.setattr(resource_tracker, "register", register)
+    with pytest.raises(OSError, match="Too many open files"):
+        SharedMemory(name, create=True, size=10)
+    assert not os.path.exists(f"/dev/shm/{name}")
 
 
 def test_an_empty_object_is_refused(name: str) -> None:
@@ -589,6 +727,17 @@ def test_a_fork_does_not_keep_what_the_parent_kept() -> None:
     block.unlink()
 
 
+def test_a_forked_child_looks_after_its_own() -> None:
+    block = SharedMemory(create=True, size=10)
+    block.close()  # from now on the reaper runs here
+    pid = os.fork()
+    if pid == 0:
+        SharedMemory(create=True, size=10).close()
+        os._exit([thread.name for thread in threading.enumerate()[1:]] != ["mpmemory-reaper"])
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+    block.unlink()
+
+
 def test_out_of_descriptors(run_python: Any) -> None:
     from conftest import LIMITED
 
@@ -597,8 +746,11 @@ def test_out_of_descriptors(run_python: Any) -> None:
         "block = SharedMemory(create=True, size=10)\n"
         "expect_the_limit(lambda: SharedMemory(create=True, size=10))\n"
         "expect_the_limit(lambda: SharedMemory(block.name))\n"
+        "closed = SharedMemory(create=True, size=10)\n"
+        "closed.close()\n"
         "with no_descriptors_left():\n"
         "    block.unlink()\n"
+        "    closed.unlink()\n"
     )
 
 
