@@ -33,7 +33,7 @@ class Reaper:
             return
         with self._condition:
             self._sweeps.add(sweep)
-            if self._thread is None or not self._thread.is_alive():  # dead: a program closed descriptors of ours
+            if self._thread is None:
                 thread = threading.Thread(target=self._run, name="mpmemory-reaper", daemon=True)
                 with contextlib.suppress(RuntimeError):  # no thread can be started: near the end of the process
                     thread.start()
