@@ -33,8 +33,8 @@ def test_the_first_program_of_the_readme(method: str, run_python: Any) -> None:
 
 
 def test_the_other_programs_of_the_readme(run_python: Any) -> None:
-    for program in blocks("python")[1:]:
-        run_python(program)
+    outputs = [run_python(program).stdout for program in blocks("python")[1:]]
+    assert [output for output in outputs if output] == blocks("output")[1:]
 
 
 def test_the_readme_has_two_commands() -> None:
