@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import os
 import re
+import struct
 import subprocess
 import sys
+import zlib
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from conftest import START_METHODS
 
@@ -58,7 +61,10 @@ def test_links_lead_somewhere(name: str) -> None:
 
 
 def test_there_are_all_examples() -> None:
-    names = "basic_sharing fd_passing worker_pool alignment batch surviving_pool replace_shared_memory word_count"
+    names = (
+        "basic_sharing fd_passing worker_pool alignment batch surviving_pool replace_shared_memory word_count "
+        "numpy_pool image_filter"
+    )
     assert {f"{name}.py" for name in names.split()} <= set(EXAMPLES)
 
 
@@ -93,6 +99,93 @@ def test_word_count_of_what_has_no_words(text: bytes | None, message: str, tmp_p
     assert done.returncode == 2
     assert done.stderr.splitlines()[-1].endswith(message)
     assert "Traceback" not in done.stderr
+
+
+def run_example(name: str, *args: str | Path, **options: Any) -> subprocess.CompletedProcess[str]:
+    program = [sys.executable, "-W", "error", ROOT / "examples" / name, *args]
+    return subprocess.run(program, text=True, capture_output=True, check=False, timeout=60, **options)
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        ("numpy_pool.py --size 1000", "argument --size: expected ROWSxCOLUMNS, as in 10000x1000, found '1000'"),
+        ("numpy_pool.py --size 0x10", "argument --size: expected 1 row and 2 columns at least, found '0x10'"),
+        ("numpy_pool.py --size 10x1", "argument --size: expected 1 row and 2 columns at least, found '10x1'"),
+        ("numpy_pool.py --size 100000x1000", "expected 50,000,000 numbers at most, found 100,000,000"),
+        ("numpy_pool.py --workers 0", "argument --workers: expected a number from 1 to 64, found '0'"),
+        ("numpy_pool.py --workers=-1", "argument --workers: expected a number from 1 to 64, found '-1'"),
+        ("numpy_pool.py --workers two", "argument --workers: expected a number from 1 to 64, found 'two'"),
+        ("image_filter.py --size 900x", "argument --size: expected WIDTHxHEIGHT, as in 900x600, found '900x'"),
+        ("image_filter.py --size 900x0", "argument --size: expected 16x16 or more, found '900x0'"),
+        ("image_filter.py --size 99999x99999", "expected 8,294,400 pixels at most, found 9,999,800,001"),
+        ("image_filter.py --workers 65", "argument --workers: expected a number from 1 to 64, found '65'"),
+        ("image_filter.py --output x.jpg", "argument --output: expected a name that ends in .png, found 'x.jpg'"),
+        ("image_filter.py --output none/x.png", "argument --output: there is no folder 'none'"),
+        ("image_filter.py --output folder.png", "argument --output: expected a file, found the folder 'folder.png'"),
+    ],
+)
+def test_wrong_options(args: str, message: str, tmp_path: Path) -> None:
+    (tmp_path / "folder.png").mkdir()
+    done = run_example(*args.split(), cwd=tmp_path)
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1].endswith(message)
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("size", ["2x2", "1x7", "33x100", "2000x3"])
+def test_a_pool_on_small_matrices(size: str) -> None:
+    done = run_example("numpy_pool.py", "--size", size, "--workers", "3")
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.parametrize("name", ["numpy_pool.py", "image_filter.py"])
+def test_without_numpy_there_is_one_line(name: str, tmp_path: Path) -> None:
+    (tmp_path / "numpy.py").write_text("raise ImportError('no NumPy here')")
+    done = run_example(name, env={**os.environ, "PYTHONPATH": str(tmp_path)})
+    assert done.returncode == 1
+    assert done.stdout == ""
+    assert done.stderr == "arrays in shared memory need NumPy: pip install 'mpmemory[numpy]'\n"
+
+
+def chunks_of_png(data: bytes) -> dict[bytes, bytes]:
+    """Return what is in each chunk, the checksums checked."""
+    assert data[:8] == b"\x89PNG\r\n\x1a\n"
+    chunks: dict[bytes, bytes] = {}
+    offset = 8
+    while offset < len(data):
+        length, kind = struct.unpack_from(">I4s", data, offset)
+        end = offset + 8 + length
+        assert struct.unpack_from(">I", data, end)[0] == zlib.crc32(data[offset + 4 : end])
+        assert kind not in chunks
+        chunks[kind] = data[offset + 8 : end]
+        offset = end + 4
+    assert offset == len(data)
+    return chunks
+
+
+@pytest.mark.parametrize(("width", "height"), [(16, 16), (90, 131)])
+def test_the_picture(width: int, height: int, tmp_path: Path) -> None:
+    path = tmp_path / "picture.png"
+    done = run_example("image_filter.py", "--size", f"{width}x{height}", "--output", path)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert f"The picture is in {path}." in done.stdout
+    chunks = chunks_of_png(path.read_bytes())
+    assert list(chunks) == [b"IHDR", b"IDAT", b"IEND"]
+    assert struct.unpack(">IIBBBBB", chunks[b"IHDR"]) == (width, height, 8, 2, 0, 0, 0)
+    lines = np.frombuffer(zlib.decompress(chunks[b"IDAT"]), np.uint8).reshape(height, 1 + 3 * width)
+    assert not lines[:, 0].any()  # filter 0 in each line
+    pixels = lines[:, 1:].reshape(height, width, 3)
+    assert len(np.unique(pixels.reshape(-1, 3), axis=0)) > 100  # colours: it is no empty picture
+    assert (pixels.std(axis=(1, 2)) > 0).all()  # nor has it an empty line
+
+
+def test_a_picture_that_cannot_be_written() -> None:
+    done = run_example("image_filter.py", "--size", "16x16", "--output", f"{'x' * 300}.png")
+    assert done.returncode == 1
+    assert done.stderr.startswith("cannot save the picture: ")
+    assert "File name too long" in done.stderr
+    assert len(done.stderr.splitlines()) == 1
 
 
 def test_benchmarks_run() -> None:
