@@ -24,6 +24,8 @@ from .errors import MpMemoryError as MpMemoryError
 from .errors import PoolError as PoolError
 from .errors import SealedError as SealedError
 from .errors import WorkerLostError as WorkerLostError
+from .locks import RangeLock as RangeLock
+from .locks import RobustLock as RobustLock
 from .memory import Memory as Memory
 from .memory import Seal as Seal
 from .shared_memory import ShareableList as ShareableList

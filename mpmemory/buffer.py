@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal, Self, SupportsIndex, overload
 from ._backends import platform
 from ._mappings import map_memory
 from .errors import SealedError
+from .locks import RangeLock
 from .memory import Memory, Seal, check_range, flat_view
 from .reduction import Shareable
 
@@ -61,13 +62,13 @@ class SharedBuffer(Shareable):
     _memory: Memory | None  # this buffer's own handle; None once closed
     _view: memoryview | None  # the mapped range; None until mapped, and once closed
 
-    def __init__(self, size: SupportsIndex, *, name: str = "mpmemory") -> None:
-        """Create memory of `size` bytes and map it: `Memory(size, name=name).map()`.
+    def __init__(self, size: SupportsIndex, *, name: str = "mpmemory", reserve: bool = False) -> None:
+        """Create memory of `size` bytes and map it: `Memory(size, name=name, reserve=reserve).map()`.
 
         Raises ValueError if `size` is not positive; otherwise as `Memory` and `Memory.map`.
         """
         size = operator.index(size)
-        self._put(Memory(size, name=name), 0, size, mmap.ACCESS_WRITE)
+        self._put(Memory(size, name=name, reserve=reserve), 0, size, mmap.ACCESS_WRITE)
         self._map()
 
     @classmethod
@@ -348,6 +349,17 @@ class SharedBuffer(Shareable):
         from .arrays import on_view  # imported late: NumPy is optional
 
         return on_view(self._open(), shape, dtype, offset, order)
+
+    def lock(
+        self, offset: SupportsIndex = 0, length: SupportsIndex | None = None, *, shared: bool = False
+    ) -> RangeLock:
+        """Return a lock on `length` bytes from `offset` on, to the end of the buffer if None. It is not acquired yet.
+
+        See `mpmemory.locks.RangeLock`. Raises ValueError if the range is empty or not within the buffer.
+        """
+        memory = self._held()
+        start, count = check_range(offset, length, self._size)
+        return RangeLock(memory, self._offset + start, count, shared=shared)
 
     # --- its end ---
 

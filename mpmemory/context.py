@@ -8,7 +8,7 @@ from multiprocessing import context
 from multiprocessing import pool as stock_pool
 from typing import Any, Literal, overload
 
-from . import buffer, connection, memory, pool, queues, shared_memory
+from . import buffer, connection, locks, memory, pool, queues, shared_memory
 from ._backends.platform import messages_work
 
 
@@ -18,6 +18,7 @@ class MemoryContext(context.BaseContext):
     # None depends on how processes are started. Classes, so that `ctx.Memory.from_bytes` works.
     Memory = memory.Memory
     SharedBuffer = buffer.SharedBuffer
+    RobustLock = locks.RobustLock
     SharedMemory = shared_memory.SharedMemory
     ShareableList = shared_memory.ShareableList
 

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from typing_extensions import Buffer  # collections.abc.Buffer, from 3.12 on
 
     from .buffer import SharedBuffer
+    from .locks import RangeLock
 
 T = TypeVar("T")
 
@@ -71,23 +72,29 @@ class Memory(Shareable):
     _fd: OwnedFd | LostFd | None
     _name: str
 
-    def __init__(self, size: SupportsIndex, *, name: str = "mpmemory") -> None:
+    def __init__(self, size: SupportsIndex, *, name: str = "mpmemory", reserve: bool = False) -> None:
         """Create `size` bytes of zeros.
 
         Args:
             size: in bytes, kept exactly. 0 is a handle that can `grow`.
             name: a label for people, as in /proc/PID/maps; never an address.
+            reserve: allocate all of it now, so that a full machine is an error here, and nobody is killed for
+                it later. Where the backend is not memfd, that is always done. What `grow` adds is not reserved.
 
         Raises:
             TypeError: `size` is not an int, or `name` not a str.
             ValueError: `size` is negative, or `name` has a NUL or is longer than 249 bytes.
-            OSError: no descriptor is left (EMFILE), `size` is beyond what files can have (EFBIG), or, where
-                the backend is not memfd, there is not so much memory (ENOSPC).
+            OSError: no descriptor is left (EMFILE), `size` is beyond what files can have (EFBIG), or what is
+                to be allocated is more than the file system (ENOSPC), the machine or the cgroup has (ENOMEM).
         """
         size = _check_count(size, "size")
         self._name = _check_name(name)
+        if reserve:
+            _check_available(size)
         fd = _create(name)
         _grow(fd, size)
+        if reserve and size:
+            _allocate(fd, size)
         self._fd = fd
 
     @classmethod
@@ -253,7 +260,7 @@ class Memory(Shareable):
             PermissionError: write access to readonly memory (SealedError if a seal is the reason).
             OSError: ENOMEM if there is no room or the limit vm.max_map_count is reached.
         """
-        # Imported late: a Memory maps to a SharedBuffer, which holds a Memory. The one such pair.
+        # Imported late: a Memory maps to a SharedBuffer, which holds a Memory.
         from .buffer import SharedBuffer
 
         return SharedBuffer._of(self, length, offset, access)
@@ -323,6 +330,33 @@ class Memory(Shareable):
             if error.errno == errno.EPERM:  # fcntl(2): also if the descriptor is not open for writing
                 error = OSError(errno.EACCES, "")
             raise failed(asked, error) from None
+
+    def as_readonly(self) -> Self:
+        """Return a second handle on the same memory, through which it can only be read, also by its receivers.
+
+        They have been asked nicely: whoever has the descriptor can open the memory for writing again, in /proc.
+        `seal(Seal.FUTURE_WRITE)` makes the kernel refuse that, to all, for ever.
+
+        Raises OSError: no descriptor is left (EMFILE); ENOTSUP without a /proc.
+        """
+        fd = self._open()
+        try:
+            if not platform.has_proc():
+                raise OSError(errno.ENOTSUP, "")
+            return self._own(OwnedFd(platform.reopen(fd.fileno(), os.O_RDONLY)), self._name)
+        except OSError as error:
+            raise failed(f"cannot open memory {self._name!r} for reading only", error) from None
+
+    def lock(
+        self, offset: SupportsIndex = 0, length: SupportsIndex | None = None, *, shared: bool = False
+    ) -> RangeLock:
+        """Return a lock on `length` bytes from `offset` on (to the end if None), which is not acquired yet.
+
+        See `mpmemory.locks.RangeLock` for arguments and errors.
+        """
+        from .locks import RangeLock  # imported late: a lock holds a Memory
+
+        return RangeLock(self, offset, length, shared=shared)
 
     def dup(self) -> Self:
         """Return a second handle, with a descriptor of its own, on the same memory. Raises OSError (EMFILE)."""
@@ -423,6 +457,23 @@ def _grow(fd: OwnedFd | LostFd, size: int) -> None:
         platform.grow(fd.fileno(), size)
     except OSError as error:
         raise failed(f"cannot have memory of {size} bytes", error) from None
+
+
+def _check_available(size: int) -> None:
+    # Not left to the kernel: it finds out when all is used up, and then the OOM killer chooses somebody.
+    available = platform.available_memory()
+    if available is not None and size > available:
+        asked = f"cannot reserve {size} bytes of memory, of which {available} are available"
+        raise failed(asked, OSError(errno.ENOMEM, ""))
+
+
+def _allocate(fd: OwnedFd, size: int) -> None:
+    try:
+        if not hasattr(os, "posix_fallocate"):
+            raise OSError(errno.ENOTSUP, "")
+        os.posix_fallocate(fd.fileno(), 0, size)
+    except OSError as error:
+        raise failed(f"cannot reserve {size} bytes of memory", error) from None
 
 
 def _write(fd: OwnedFd | LostFd, view: memoryview, offset: int) -> None:

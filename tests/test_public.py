@@ -40,6 +40,8 @@ def test_what_is_ours() -> None:
         "MpMemoryError",
         "PAGE_SIZE",
         "PoolError",
+        "RangeLock",
+        "RobustLock",
         "Seal",
         "SealedError",
         "ShareableList",
@@ -55,6 +57,8 @@ KINDS = [
     mpmemory.SharedBuffer,
     mpmemory.SharedMemory,
     mpmemory.ShareableList,
+    mpmemory.RangeLock,
+    mpmemory.RobustLock,
     mpmemory.align,
     mpmemory.get_context,
 ]
@@ -74,6 +78,7 @@ def test_contexts(method: str) -> None:
     ctx = mpmemory.get_context(method)
     assert ctx.Memory is mpmemory.Memory
     assert ctx.SharedBuffer is mpmemory.SharedBuffer
+    assert ctx.RobustLock is mpmemory.RobustLock
     assert ctx.SharedMemory is mpmemory.SharedMemory is shared_memory.SharedMemory
     assert ctx.ShareableList is mpmemory.ShareableList is shared_memory.ShareableList
     assert isinstance(ctx, type(multiprocessing.get_context(method)))

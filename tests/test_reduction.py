@@ -243,7 +243,7 @@ def test_importing_changes_nothing_but_the_picklers_table(run_python: Any) -> No
         "    for name, value in names.items():\n"
         "        assert vars(module)[name] is value, (module, name)\n"
         "new = set(multiprocessing.reduction.ForkingPickler._extra_reducers) - table\n"
-        "names = 'Memory SharedBuffer SharedMemory ShareableList Lifeline '\n"
+        "names = 'Memory SharedBuffer SharedMemory ShareableList RangeLock RobustLock Lifeline '\n"
         "names += 'Connection SimpleQueue Queue JoinableQueue Counter'\n"
         "assert {kind.__name__ for kind in new} == set(names.split()), new\n"
         "assert all(kind.__module__.startswith('mpmemory.') for kind in new)\n"

@@ -18,6 +18,8 @@ import socket
 import struct
 import sys
 import time
+from collections.abc import Iterator
+from pathlib import PurePosixPath
 from types import TracebackType
 from typing import Self, TypeVar
 
@@ -86,6 +88,53 @@ def grow(fd: int, size: int) -> None:
             os.posix_fallocate(fd, 0, size)
     elif os.fstat(fd).st_size < size:
         os.ftruncate(fd, size)
+
+
+def available_memory() -> int | None:
+    """Return how many bytes this process can still have: on the machine, and within its cgroups. None: not known."""
+    found = [amount for amount in (_available_on_machine(), *_available_in_cgroups()) if amount is not None]
+    return min(found, default=None)
+
+
+def _available_on_machine() -> int | None:
+    with contextlib.suppress(OSError), open("/proc/meminfo") as file:
+        for line in file:
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    return None
+
+
+def _available_in_cgroups() -> Iterator[int | None]:
+    """Yield what is left of the limit of each memory cgroup that this process is in (cgroups(7))."""
+    lines = _read("/proc/self/cgroup").splitlines()
+    for number, controllers, path in (line.split(":", 2) for line in lines):
+        if number == "0":
+            root, limit, usage, cache = "/sys/fs/cgroup", "memory.max", "memory.current", "inactive_file"
+        elif "memory" in controllers.split(","):
+            root, limit, usage, cache = (
+                "/sys/fs/cgroup/memory",
+                "memory.limit_in_bytes",
+                "memory.usage_in_bytes",
+                "total_inactive_file",
+            )
+        else:
+            continue
+        # In a container the path may be that of the host, where the container's own cgroup is the root.
+        folders = [path, *(parent for parent in map(str, PurePosixPath(path).parents))]
+        for folder in dict.fromkeys(root + each.rstrip("/") for each in folders):
+            maximum, used = _read(f"{folder}/{limit}"), _read(f"{folder}/{usage}")
+            if maximum.strip().isdigit() and used.strip().isdigit():
+                statistics = dict(line.split(" ", 1) for line in _read(f"{folder}/memory.stat").splitlines())
+                # Files that nobody has used for a while give way.
+                yield max(int(maximum) - int(used) + int(statistics.get(cache, 0)), 0)
+
+
+def _read(path: str) -> str:
+    try:
+        with open(path) as file:
+            return file.read()
+    except OSError:
+        return ""
 
 
 def map_fd(kind: type[M], fd: int, length: int, *, access: int, offset: int) -> M:
@@ -250,25 +299,36 @@ def kill_at_hangup(fd: int) -> None:
 
 # <linux/fcntl.h>; struct flock on 64-bit: type, whence, start, length (0: to the end), pid.
 _F_OFD_SETLK = 37
+_F_OFD_SETLKW = 38
 _FLOCK = struct.Struct("hhqqi4x")
 
 
-def _ofd_lock(fd: int, kind: int) -> None:
-    fcntl.fcntl(fd, _F_OFD_SETLK, _FLOCK.pack(kind, os.SEEK_SET, 0, 0, 0))
+def lock_range(fd: int, start: int, length: int, *, shared: bool, wait: bool) -> None:
+    """Lock bytes for the open file description of `fd`; a length of 0 is to the end, whereever that will be.
+
+    Raises BlockingIOError if another description has a lock that is in the way, and it is not to wait; OSError.
+    """
+    kind = fcntl.F_RDLCK if shared else fcntl.F_WRLCK
+    fcntl.fcntl(fd, _F_OFD_SETLKW if wait else _F_OFD_SETLK, _FLOCK.pack(kind, os.SEEK_SET, start, length, 0))
+
+
+def unlock_range(fd: int, start: int, length: int) -> None:
+    """Unlock bytes for the open file description of `fd`. Raises OSError."""
+    fcntl.fcntl(fd, _F_OFD_SETLK, _FLOCK.pack(fcntl.F_UNLCK, os.SEEK_SET, start, length, 0))
 
 
 def share_lock(fd: int) -> None:
     """Take the read lock for the open file description of `fd`; BlockingIOError if another has the write lock."""
-    _ofd_lock(fd, fcntl.F_RDLCK)
+    lock_range(fd, 0, 0, shared=True, wait=False)
 
 
 def is_unshared(fd: int) -> bool:
     """Return whether no other open file description has a lock on the file of `fd`."""
     try:
-        _ofd_lock(fd, fcntl.F_WRLCK)
+        lock_range(fd, 0, 0, shared=False, wait=False)
     except BlockingIOError:
         return False
-    _ofd_lock(fd, fcntl.F_UNLCK)
+    unlock_range(fd, 0, 0)
     return True
 
 
@@ -278,9 +338,9 @@ def has_proc() -> bool:
     return hasattr(os, "O_PATH") and os.path.isdir("/proc/self/fd")
 
 
-def reopen(fd: int) -> int:
+def reopen(fd: int, flags: int = os.O_RDWR) -> int:
     """Return a descriptor of a new open file description on the file of `fd`, for reading and writing."""
-    return os.open(f"/proc/self/fd/{fd}", os.O_RDWR | os.O_CLOEXEC)
+    return os.open(f"/proc/self/fd/{fd}", flags | os.O_CLOEXEC)
 
 
 def seal_size(fd: int) -> None:
