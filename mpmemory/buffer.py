@@ -93,7 +93,9 @@ class SharedBuffer(Shareable):
         if access == mmap.ACCESS_WRITE and readonly:
             seals = memory.seals & (Seal.WRITE | Seal.FUTURE_WRITE)
             if seals:
-                raise SealedError(errno.EPERM, f"cannot map memory {memory.name!r} for writing: seal {seals!r}")
+                raise SealedError(
+                    errno.EPERM, f"cannot map memory {memory.name!r} for writing: seal {seals.name} is on it"
+                )
             raise PermissionError(errno.EACCES, f"cannot map memory {memory.name!r} for writing: it is read-only")
         self._put(memory._share(), offset, length, access)
         self._map()

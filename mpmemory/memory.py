@@ -49,8 +49,10 @@ class Seal(enum.IntFlag):
     EXEC = 0x0020  #: it cannot be made executable
 
 
+_WRITE = Seal.WRITE | Seal.FUTURE_WRITE
+
 # As an int: members of an IntFlag take more time than the system calls that they are compared with.
-_WRITE_SEALS = int(Seal.WRITE | Seal.FUTURE_WRITE)
+_WRITE_SEALS = int(_WRITE)
 
 
 class Memory(Shareable):
@@ -112,7 +114,10 @@ class Memory(Shareable):
         """
         view = flat_view(data)
         fd = _create(_check_name(name))
-        _write(fd, view, 0)
+        try:
+            platform.write_all(fd.fileno(), view, 0)
+        except OSError as error:
+            raise failed(f"cannot write {len(view)} bytes into memory", error) from None
         return cls._own(fd, name)
 
     @classmethod
@@ -282,11 +287,16 @@ class Memory(Shareable):
     def pwrite(self, data: Buffer, offset: SupportsIndex = 0) -> int:
         """Write `data` at `offset`, without mapping, and return its length in bytes.
 
-        Raises ValueError beyond the end, where nothing is written; OSError if the memory is readonly.
+        Raises ValueError beyond the end, where nothing is written; OSError if the memory is readonly (SealedError if
+        a seal is the reason).
         """
         view = flat_view(data)
         offset, length = check_range(offset, len(view), self.size)
-        _write(self._open(), view, offset)
+        fd = self._open()
+        try:
+            platform.write_all(fd.fileno(), view, offset)
+        except OSError as error:
+            raise self._explain(f"cannot write {length} bytes into memory {self._name!r}", error, _WRITE) from None
         return length
 
     def grow(self, size: SupportsIndex) -> None:
@@ -295,7 +305,7 @@ class Memory(Shareable):
         Mappings keep their length. Safe against others that grow it at the same time: the largest wins.
 
         Raises ValueError if `size` is smaller than it is (memory never shrinks), PermissionError if it was opened
-        read-only, OSError as on creation.
+        read-only (SealedError if it is sealed against growing), OSError as on creation.
         """
         size = _check_count(size, "size")
         now = self.size
@@ -304,7 +314,10 @@ class Memory(Shareable):
         fd = self._open()
         if _is_open_readonly(fd.fileno()):
             raise PermissionError(errno.EACCES, f"cannot grow memory {self._name!r}: it is read-only")
-        _grow(fd, size)
+        try:
+            _grow(fd, size)
+        except PermissionError as error:
+            raise self._explain(f"cannot grow memory {self._name!r} to {size} bytes", error, Seal.GROW) from None
 
     def seal(self, seals: Seal) -> None:
         """Forbid for ever, and to everybody, what the seals say.
@@ -325,11 +338,9 @@ class Memory(Shareable):
         try:
             platform.add_seals(fd.fileno(), seals)
         except OSError as error:
-            if error.errno == errno.EPERM and self.seals & Seal.SEAL:
-                raise SealedError(errno.EPERM, f"{asked}: seal SEAL is on it") from None
-            if error.errno == errno.EPERM:  # fcntl(2): also if the descriptor is not open for writing
-                error = OSError(errno.EACCES, "")
-            raise failed(asked, error) from None
+            if error.errno == errno.EPERM and not self.seals & Seal.SEAL:
+                error = OSError(errno.EACCES, "")  # fcntl(2): EPERM also if the descriptor is not open for writing
+            raise self._explain(asked, error, Seal.SEAL) from None
 
     def as_readonly(self) -> Self:
         """Return a second handle on the same memory, through which it can only be read, also by its receivers.
@@ -381,6 +392,13 @@ class Memory(Shareable):
         _release()
 
     # --- inside ---
+
+    def _explain(self, asked: str, error: OSError, seals: Seal) -> OSError:
+        """Return `error` with what was asked, as a SealedError if one of `seals` is the reason."""
+        found = self.seals & seals if error.errno == errno.EPERM else Seal(0)
+        if found:
+            return SealedError(errno.EPERM, f"{asked}: seal {found.name} is on it")
+        return failed(asked, error)
 
     def _open(self) -> OwnedFd | LostFd:
         fd = self._fd
@@ -474,13 +492,6 @@ def _allocate(fd: OwnedFd, size: int) -> None:
         os.posix_fallocate(fd.fileno(), 0, size)
     except OSError as error:
         raise failed(f"cannot reserve {size} bytes of memory", error) from None
-
-
-def _write(fd: OwnedFd | LostFd, view: memoryview, offset: int) -> None:
-    try:
-        platform.write_all(fd.fileno(), view, offset)
-    except OSError as error:
-        raise failed(f"cannot write {len(view)} bytes into memory", error) from None
 
 
 def _why_unmappable(fd: int) -> str | None:

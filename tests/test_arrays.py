@@ -582,7 +582,7 @@ def try_to_write(a: Array) -> list[str]:
     return errors
 
 
-REFUSED = ["ValueError", "ValueError", "SealedError", "PermissionError", "PermissionError", "PermissionError"]
+REFUSED = ["ValueError", "ValueError", "SealedError", "SealedError", "PermissionError", "PermissionError"]
 
 
 @pytest.mark.parametrize(

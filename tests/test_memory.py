@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import errno
-import fcntl
 import gc
-import mmap
 import os
 import socket
 from pathlib import Path
@@ -16,7 +14,7 @@ from conftest import open_fds
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from mpmemory import Memory, Seal, SealedError
+from mpmemory import Memory, Seal
 from mpmemory._backends import platform
 from mpmemory._fds import OwnedFd
 
@@ -72,31 +70,6 @@ def test_memory_cannot_be_shrunk(backend: str) -> None:
         with pytest.raises(ValueError, match="5000 bytes and cannot shrink to 4999"):
             memory.grow(4999)
         assert memory.size == 5000
-
-
-def test_grow(backend: str) -> None:
-    memory = Memory(0)
-    assert memory.size == 0
-    other = memory.dup()
-    memory.grow(100)
-    memory.grow(100)
-    assert other.size == 100
-    with memory.map() as before:
-        other.grow(9000)
-        assert memory.size == 9000
-        assert before.size == 100
-        with memory.map() as after:
-            assert after.size == 9000
-            after[50] = 7
-            assert before[50] == 7
-
-
-def test_grow_never_shrinks_what_another_process_has_grown(backend: str) -> None:
-    """The size is read, and then changed: in between somebody else may have grown it further."""
-    memory = Memory(0)
-    memory.grow(20_000)
-    platform.grow(memory.fileno(), 10_000)
-    assert memory.size == 20_000
 
 
 def test_from_bytes(backend: str) -> None:
@@ -197,85 +170,6 @@ def test_from_fd_of_a_regular_file(tmp_path: Path) -> None:
         buffer[0:2] = b"xx"
     memory.close()
     assert path.read_bytes() == b"012xx56789"
-
-
-def test_readonly_memory(tmp_path: Path) -> None:
-    path = tmp_path / "numbers"
-    path.write_bytes(b"0123456789")
-    memory = Memory.from_fd(os.open(path, os.O_RDONLY))
-    assert memory.readonly
-    buffer = memory.map()
-    assert buffer.readonly
-    assert buffer.buf.readonly
-    with pytest.raises(TypeError, match="read-only"):
-        buffer[0] = 1
-    with pytest.raises(PermissionError, match="it is read-only"):
-        memory.map(access=mmap.ACCESS_WRITE)
-    with pytest.raises(OSError, match="cannot write 1 bytes") as error:
-        memory.pwrite(b"x")
-    assert error.value.errno == errno.EBADF
-    with pytest.raises(PermissionError, match="cannot grow memory 'numbers': it is read-only"):
-        memory.grow(100)
-    copy = memory.map(access=mmap.ACCESS_COPY)
-    copy[0] = ord("x")
-    assert memory.pread(2) == b"01"
-
-
-def test_sealing(backend: str) -> None:
-    memory = Memory(100)
-    with pytest.raises(TypeError, match="expected a Seal, found int"):
-        memory.seal(8)  # type: ignore[arg-type]
-    if backend != "memfd":
-        before = memory.seals
-        with pytest.raises(OSError, match=r"cannot add <Seal.GROW: 4> to memory 'mpmemory': Operation not supported"):
-            memory.seal(Seal.GROW)
-        assert memory.seals == before
-        return
-    mapped = memory.map()
-    with pytest.raises(OSError, match=r"cannot add <Seal.WRITE: 8> to memory 'mpmemory': Device or resource busy"):
-        memory.seal(Seal.WRITE)
-    memory.seal(Seal.GROW | Seal.FUTURE_WRITE)
-    memory.seal(Seal.GROW)
-    assert memory.seals & ~Seal.EXEC == Seal.SHRINK | Seal.GROW | Seal.FUTURE_WRITE
-    mapped[0] = 7  # those there are go on
-    assert memory.readonly
-    assert memory.map().readonly
-    with pytest.raises(PermissionError):
-        memory.pwrite(b"x")
-    with pytest.raises(OSError, match="cannot have memory of 200 bytes"):
-        memory.grow(200)
-    mapped.close()
-    memory.seal(Seal.WRITE | Seal.SEAL)
-    with pytest.raises(SealedError, match=r"cannot add <Seal.EXEC: 32> to memory 'mpmemory': seal SEAL is on it"):
-        memory.seal(Seal.EXEC)
-    assert memory.pread(1) == b"\7"
-    other = Memory(10)
-    reader = Memory.from_fd(os.open(f"/proc/self/fd/{other.fileno()}", os.O_RDONLY))
-    with pytest.raises(PermissionError, match=r"cannot add .* Permission denied"):
-        reader.seal(Seal.GROW)
-
-
-@pytest.mark.parametrize("seal", [Seal.WRITE, Seal.FUTURE_WRITE])
-def test_sealed_memory_cannot_be_mapped_for_writing(seal: Seal, backend: str) -> None:
-    if backend != "memfd":
-        pytest.skip("only memfd has seals")
-    memory = Memory(100)
-    fcntl.fcntl(memory.fileno(), platform.F_ADD_SEALS, seal)
-    assert memory.readonly
-    assert seal in memory.seals
-    assert memory.map().readonly
-    with pytest.raises(SealedError, match=f"Seal.{seal.name}"):
-        memory.map(access=mmap.ACCESS_WRITE)
-
-
-def test_memory_that_is_sealed_against_growing(backend: str) -> None:
-    if backend != "memfd":
-        pytest.skip("only memfd has seals")
-    memory = Memory(10)
-    fcntl.fcntl(memory.fileno(), platform.F_ADD_SEALS, Seal.GROW)
-    with pytest.raises(PermissionError, match="cannot have memory of 20 bytes"):
-        memory.grow(20)
-    assert memory.size == 10
 
 
 def test_transfers_in_several_parts(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:

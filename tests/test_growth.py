@@ -1,0 +1,157 @@
+"""Memory that grows, and memory that is reserved."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mpmemory import Memory, SharedBuffer
+from mpmemory._backends import platform
+from mpmemory.connection import Pipe
+
+
+def test_grow(backend: str) -> None:
+    memory = Memory(0)
+    assert memory.size == 0
+    other = memory.dup()
+    memory.grow(100)
+    memory.grow(100)
+    assert other.size == 100
+    with memory.map() as before:
+        other.grow(9000)
+        assert memory.size == 9000
+        assert before.size == 100
+        with memory.map() as after:
+            assert after.size == 9000
+            after[50] = 7
+            assert before[50] == 7
+
+
+def test_grow_never_shrinks_what_another_process_has_grown(backend: str) -> None:
+    """The size is read, and then changed: in between somebody else may have grown it further."""
+    memory = Memory(0)
+    memory.grow(20_000)
+    platform.grow(memory.fileno(), 10_000)
+    assert memory.size == 20_000
+
+
+def grow_in_steps(memory: Memory, start: int, step: int, conn: Any) -> None:
+    conn.recv()
+    for size in range(start, 2_000_000, step):
+        with contextlib.suppress(ValueError):  # another has made it larger already
+            memory.grow(size)
+    conn.send(memory.size)
+
+
+def test_several_processes_grow_it(ctx: Any) -> None:
+    memory = Memory(1)
+    before = memory.map()
+    pipes = [Pipe() for _ in range(3)]
+    children = [
+        ctx.Process(target=grow_in_steps, args=(memory, index + 1, 997 + index, right))
+        for index, (_, right) in enumerate(pipes)
+    ]
+    for child in children:
+        child.start()
+    for left, _ in pipes:
+        left.send("go")
+    sizes = [left.recv() for left, _ in pipes]
+    for child in children:
+        child.join()
+    largest = max(range(index + 1, 2_000_000, 997 + index)[-1] for index in range(3))
+    assert memory.size == max(sizes) == largest
+    assert before.size == 1
+    with memory.map() as after:
+        after[largest - 1] = 7
+        after[0] = 8
+    assert before[0] == 8
+    for pair in pipes:
+        for end in pair:
+            end.close()
+
+
+# --- reserving ------------------------------------------------------------------------------------
+
+
+def test_reserved_memory_is_there(backend: str) -> None:
+    size = 3_000_001
+    memory = Memory(size, reserve=True)
+    assert memory.size == size
+    assert size <= memory.resident < size + (1 << 16)
+    with SharedBuffer(size, reserve=True) as buffer:
+        assert buffer.memory.resident >= size
+        assert buffer.size == size
+    assert Memory(0, reserve=True).size == 0
+    if backend == "memfd":
+        assert Memory(size).resident == 0
+
+
+def test_more_than_there_is_cannot_be_reserved() -> None:
+    available = platform.available_memory()
+    assert available
+    with pytest.raises(OSError, match=r"cannot reserve \d+ bytes of memory, of which \d+ are available") as error:
+        Memory(available * 2, reserve=True)
+    assert type(error.value) is OSError
+    assert error.value.errno == 12
+    with pytest.raises(OSError, match="cannot reserve"):
+        SharedBuffer(1 << 62, reserve=True)
+
+
+def test_a_small_file_system_is_reserved_from(small_shm: list[str]) -> None:
+    program = (
+        "import os, mpmemory\n"
+        "kept = mpmemory.Memory(600_000, reserve=True)\n"
+        "try: mpmemory.Memory(600_000, reserve=True)\n"
+        "except OSError as error: print(error.errno, error)\n"
+        "kept.close()\n"
+        "mpmemory.SharedBuffer(600_000, reserve=True).clear(1)\n"  # what failed has left nothing
+    )
+    done = subprocess.run(
+        [*small_shm, sys.executable, "-c", program],
+        text=True,
+        capture_output=True,
+        check=True,
+        timeout=60,
+        env={**os.environ, "MPMEMORY_BACKEND": "posix"},
+    )
+    assert done.stdout == "28 [Errno 28] cannot have memory of 600000 bytes: No space left on device\n"
+
+
+@pytest.fixture
+def small_cgroup() -> Iterator[list[str]]:
+    """Return what to put before a command so that it may use 64 MB."""
+    name = f"mpmemory-test-{os.getpid()}"
+    for folder, limit in (
+        (Path("/sys/fs/cgroup/memory", name), "memory.limit_in_bytes"),
+        (Path("/sys/fs/cgroup", name), "memory.max"),
+    ):
+        with contextlib.suppress(OSError):
+            folder.mkdir()
+            try:
+                (folder / limit).write_text(str(64 << 20))
+                yield ["sh", "-c", f'echo $$ > {folder}/cgroup.procs && exec "$@"', "-"]
+                return
+            finally:
+                folder.rmdir()
+    pytest.skip("needs a memory cgroup of its own")
+
+
+def test_more_than_the_cgroup_has_cannot_be_reserved(small_cgroup: list[str]) -> None:
+    program = (
+        "import mpmemory\n"
+        "mpmemory.Memory(10 << 20, reserve=True)\n"
+        "try: mpmemory.Memory(100 << 20, reserve=True)\n"
+        "except OSError as error: print(error.errno, error)\n"
+    )
+    done = subprocess.run(
+        [*small_cgroup, sys.executable, "-c", program], text=True, capture_output=True, check=True, timeout=60
+    )
+    assert done.stdout.startswith("12 [Errno 12] cannot reserve 104857600 bytes of memory, of which ")
+    assert int(done.stdout.split("of which ")[1].split()[0]) < 64 << 20
