@@ -9,6 +9,8 @@ import multiprocessing
 import os
 import signal
 import socket
+import statistics
+import struct
 import subprocess
 import sys
 from collections.abc import Callable, Generator, Iterator, Sequence
@@ -23,7 +25,7 @@ from typing import Any
 import numpy as np
 
 import mpmemory
-from mpmemory import PAGE_SIZE, Memory, Seal, SharedBuffer, WorkerLostError, arrays
+from mpmemory import CACHE_LINE_SIZE, PAGE_SIZE, Memory, Seal, SharedBuffer, WorkerLostError, arrays
 
 from .measure import Comparison, Side, shielded
 
@@ -152,6 +154,70 @@ def _attach(kind: Any, name: str) -> None:
 
 def _increment(items: Any) -> None:
     items[50] += 1
+
+
+# --- locks ----------------------------------------------------------------------------------------
+
+
+def lock() -> Generator[Comparison, None, None]:
+    memory = Memory(PAGE_SIZE)
+    description = os.open(f"/proc/self/fd/{memory.fileno()}", os.O_RDWR | os.O_CLOEXEC)
+    stock = multiprocessing.get_context("fork").Lock()
+    yield Comparison(
+        1000,
+        Side("RangeLock, acquired and released", partial(_lock, memory.lock(0, 8))),
+        (
+            Side("bare fcntl", partial(_lock_bare, description)),
+            Side("multiprocessing.Lock", partial(_lock, stock)),
+            Side("RobustLock", partial(_lock, mpmemory.RobustLock())),
+        ),
+    )
+    os.close(description)
+    for ours in (memory.lock(0, 8), mpmemory.RobustLock()):
+        name = type(ours).__name__
+        fairness: dict[str, list[float]] = {name: [], "Lock": []}
+        yield Comparison(
+            1,
+            Side(f"{name}, 4 processes, 2000 times", partial(_contend, ours, fairness[name])),
+            (Side("multiprocessing.Lock", partial(_contend, stock, fairness["Lock"])),),
+        )
+        shares = ", ".join(f"{kind} {statistics.median(values):.2f}" for kind, values in fairness.items())
+        print(f"{'':13} fairness, the least share of a process to the greatest (1 is fair): {shares}")
+
+
+def _lock(lock: Any) -> None:
+    lock.acquire()
+    lock.release()
+
+
+_WRITE_LOCK, _NO_LOCK = (struct.pack("hhqqi4x", kind, os.SEEK_SET, 0, 8, 0) for kind in (fcntl.F_WRLCK, fcntl.F_UNLCK))
+
+
+def _lock_bare(fd: int) -> None:
+    fcntl.fcntl(fd, 37, _WRITE_LOCK)  # F_OFD_SETLK
+    fcntl.fcntl(fd, 37, _NO_LOCK)
+
+
+def _contend(lock: Any, fairness: list[float]) -> None:
+    """Have 4 processes take turns until they have had the lock 2,000 times, and note how evenly."""
+    counts = SharedBuffer(5 * CACHE_LINE_SIZE)
+    with shielded():
+        children = [multiprocessing.get_context("fork").Process(target=_take, args=(lock, counts, i)) for i in range(4)]
+        for child in children:
+            child.start()
+    for child in children:
+        child.join()
+    shares = counts.view("q")[:: CACHE_LINE_SIZE // 8].tolist()[:4]
+    fairness.append(min(shares) / max(shares))
+
+
+def _take(lock: Any, counts: SharedBuffer, index: int) -> None:
+    numbers = counts.view("q")
+    mine, total = index * CACHE_LINE_SIZE // 8, 4 * CACHE_LINE_SIZE // 8
+    while numbers[total] < 2000:
+        with lock:
+            numbers[total] += 1
+        numbers[mine] += 1
 
 
 # --- sending a handle -----------------------------------------------------------------------------
@@ -484,6 +550,7 @@ ROWS: dict[str, Row] = {
     "small": small,
     "large": large,
     "shared-memory": shared_memory,
+    "lock": lock,
     "handle": handle,
     "message": message,
     "pool": pool,

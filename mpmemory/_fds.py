@@ -33,11 +33,14 @@ class OwnedFd:
     After fork the child has an object and a descriptor of its own.
     """
 
-    __slots__ = ("__weakref__", "_number")
+    __slots__ = ("__weakref__", "_number", "spares")
+
+    spares: list[OwnedFd] | None  # other descriptions of the file that no lock uses now; see `mpmemory.locks`
 
     def __init__(self, number: int) -> None:
         """Take over `number`, which nobody else may close from now on."""
         self._number = number
+        self.spares = None
 
     def fileno(self) -> int:
         return self._number

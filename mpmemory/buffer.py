@@ -91,12 +91,10 @@ class SharedBuffer(Shareable):
         if access not in _ACCESS:
             raise ValueError(f"access must be mmap.ACCESS_WRITE, ACCESS_READ or ACCESS_COPY, found {access!r}")
         if access == mmap.ACCESS_WRITE and readonly:
-            seals = memory.seals & (Seal.WRITE | Seal.FUTURE_WRITE)
-            if seals:
-                raise SealedError(
-                    errno.EPERM, f"cannot map memory {memory.name!r} for writing: seal {seals.name} is on it"
-                )
-            raise PermissionError(errno.EACCES, f"cannot map memory {memory.name!r} for writing: it is read-only")
+            asked = f"cannot map memory {memory.name!r} for writing"
+            if seals := memory.seals & (Seal.WRITE | Seal.FUTURE_WRITE):
+                raise SealedError(errno.EPERM, f"{asked}: seal {seals.name} is on it")
+            raise PermissionError(errno.EACCES, f"{asked}: it is read-only")
         self._put(memory._share(), offset, length, access)
         self._map()
 

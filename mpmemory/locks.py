@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import os
 import threading
 import time
@@ -31,7 +32,7 @@ _MIN_INTERVAL = 0.0001
 _MAX_INTERVAL = 0.004
 
 # So many descriptions that no lock uses are kept open for a memory.
-_MAX_FREE = 8
+_MAX_SPARES = 8
 
 
 class RangeLock(Shareable):
@@ -49,7 +50,7 @@ class RangeLock(Shareable):
     descriptor while it is held. Needs Linux, with /proc.
     """
 
-    __slots__ = ("_count", "_fd", "_length", "_memory", "_mutex", "_offset", "_shared")
+    __slots__ = ("_count", "_fd", "_length", "_memory", "_mutex", "_offset", "_shared", "_to_lock", "_to_unlock")
 
     _fd: OwnedFd | None  # the description that has the lock; None if it is not held
 
@@ -76,6 +77,8 @@ class RangeLock(Shareable):
         self._offset = offset
         self._length = length  # 0: to the end, as in fcntl(2)
         self._shared = shared
+        self._to_lock = platform.flock(fcntl.F_RDLCK if shared else fcntl.F_WRLCK, offset, length)
+        self._to_unlock = platform.flock(fcntl.F_UNLCK, offset, length)
         self._start_anew()
         _locks.add(self)
 
@@ -139,13 +142,13 @@ class RangeLock(Shareable):
         fd = _open_description(owner)
         try:
             if deadline is None:
-                platform.lock_range(fd.fileno(), self._offset, self._length, shared=self._shared, wait=True)
+                platform.ofd_lock(fd.fileno(), self._to_lock, wait=True)
             elif not self._try_until(deadline, fd):
                 _give_back(owner, fd)
                 return False
         except BaseException:
             # A signal may come when the lock is held already, and whoever handles its exception has this frame.
-            platform.unlock_range(fd.fileno(), self._offset, self._length)
+            platform.ofd_lock(fd.fileno(), self._to_unlock)
             raise
         self._fd = fd
         return True
@@ -153,8 +156,11 @@ class RangeLock(Shareable):
     def _try_until(self, deadline: float, fd: OwnedFd) -> bool:
         interval = _MIN_INTERVAL
         while True:
-            with contextlib.suppress(BlockingIOError):
-                platform.lock_range(fd.fileno(), self._offset, self._length, shared=self._shared, wait=False)
+            try:
+                platform.ofd_lock(fd.fileno(), self._to_lock)
+            except BlockingIOError:
+                pass
+            else:
                 return True
             left = deadline - time.monotonic()
             if left <= 0:
@@ -183,7 +189,7 @@ class RangeLock(Shareable):
     def _unlock(self) -> None:
         fd, self._fd = self._fd, None
         if fd is not None:
-            platform.unlock_range(fd.fileno(), self._offset, self._length)
+            platform.ofd_lock(fd.fileno(), self._to_unlock)
             _give_back(self._memory._open(), fd)
 
     def __enter__(self) -> Self:
@@ -222,8 +228,8 @@ def _deadline(blocking: bool, timeout: float) -> float | None:
 
 _locks: weakref.WeakSet[RangeLock] = weakref.WeakSet()
 
-# Descriptions that no lock uses, of each descriptor of a memory: opening one costs more than locking.
-_free: weakref.WeakKeyDictionary[OwnedFd, list[OwnedFd]] = weakref.WeakKeyDictionary()
+# Those that have spares: descriptions that no lock uses. Opening one costs more than locking.
+_owners: weakref.WeakSet[OwnedFd] = weakref.WeakSet()
 
 
 def _open_description(owner: OwnedFd | LostFd) -> OwnedFd:
@@ -231,8 +237,9 @@ def _open_description(owner: OwnedFd | LostFd) -> OwnedFd:
     if not platform.can_lease():
         raise OSError(errno.ENOTSUP, "locks on ranges of memory need Linux, with /proc")
     assert isinstance(owner, OwnedFd)
-    with contextlib.suppress(KeyError, IndexError):
-        return _free[owner].pop()
+    if owner.spares:
+        with contextlib.suppress(IndexError):  # another thread has taken the last one
+            return owner.spares.pop()
     try:
         return OwnedFd(platform.reopen(number))
     except OSError as error:
@@ -241,14 +248,18 @@ def _open_description(owner: OwnedFd | LostFd) -> OwnedFd:
 
 def _give_back(owner: OwnedFd | LostFd, fd: OwnedFd) -> None:
     assert isinstance(owner, OwnedFd)
-    free = _free.setdefault(owner, [])
-    if len(free) < _MAX_FREE:
-        free.append(fd)
+    if owner.spares is None:
+        owner.spares = []
+        _owners.add(owner)
+    if len(owner.spares) < _MAX_SPARES:
+        owner.spares.append(fd)
 
 
 def _start_anew() -> None:
     """In a forked child: the descriptions are the parent's, whose locks would outlive it here."""
-    _free.clear()
+    for owner in list(_owners):
+        owner.spares = None
+    _owners.clear()
     for lock in list(_locks):
         lock._start_anew()
 

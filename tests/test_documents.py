@@ -46,7 +46,7 @@ def test_the_readme_has_two_commands() -> None:
     assert "pytest" in second
 
 
-@pytest.mark.parametrize("path", ["docs/migrating.md", "docs/arrays.md"])
+@pytest.mark.parametrize("path", ["docs/migrating.md", "docs/arrays.md", "docs/locks.md"])
 def test_programs_of_the_docs(path: str, run_python: Any) -> None:
     for program, output in zip(blocks("python", path), blocks("output", path), strict=True):
         assert run_python(program).stdout == output
@@ -63,7 +63,7 @@ def test_links_lead_somewhere(name: str) -> None:
 def test_there_are_all_examples() -> None:
     names = (
         "basic_sharing fd_passing worker_pool alignment batch surviving_pool replace_shared_memory word_count "
-        "numpy_pool image_filter"
+        "numpy_pool image_filter bank"
     )
     assert {f"{name}.py" for name in names.split()} <= set(EXAMPLES)
 

@@ -303,32 +303,34 @@ _F_OFD_SETLKW = 38
 _FLOCK = struct.Struct("hhqqi4x")
 
 
-def lock_range(fd: int, start: int, length: int, *, shared: bool, wait: bool) -> None:
-    """Lock bytes for the open file description of `fd`; a length of 0 is to the end, whereever that will be.
+def flock(kind: int, start: int = 0, length: int = 0) -> bytes:
+    """Return a `struct flock`: what to do (F_RDLCK, F_WRLCK, F_UNLCK) with which bytes; a length of 0 is to the end."""
+    return _FLOCK.pack(kind, os.SEEK_SET, start, length, 0)
 
-    Raises BlockingIOError if another description has a lock that is in the way, and it is not to wait; OSError.
+
+def ofd_lock(fd: int, what: bytes, *, wait: bool = False) -> None:
+    """Lock or unlock bytes, as a `flock` says, for the open file description of `fd`.
+
+    Raises BlockingIOError if a lock of another description is in the way, and it is not to wait; OSError.
     """
-    kind = fcntl.F_RDLCK if shared else fcntl.F_WRLCK
-    fcntl.fcntl(fd, _F_OFD_SETLKW if wait else _F_OFD_SETLK, _FLOCK.pack(kind, os.SEEK_SET, start, length, 0))
+    fcntl.fcntl(fd, _F_OFD_SETLKW if wait else _F_OFD_SETLK, what)
 
 
-def unlock_range(fd: int, start: int, length: int) -> None:
-    """Unlock bytes for the open file description of `fd`. Raises OSError."""
-    fcntl.fcntl(fd, _F_OFD_SETLK, _FLOCK.pack(fcntl.F_UNLCK, os.SEEK_SET, start, length, 0))
+_READ_ALL, _WRITE_ALL, _UNLOCK_ALL = flock(fcntl.F_RDLCK), flock(fcntl.F_WRLCK), flock(fcntl.F_UNLCK)
 
 
 def share_lock(fd: int) -> None:
     """Take the read lock for the open file description of `fd`; BlockingIOError if another has the write lock."""
-    lock_range(fd, 0, 0, shared=True, wait=False)
+    ofd_lock(fd, _READ_ALL)
 
 
 def is_unshared(fd: int) -> bool:
     """Return whether no other open file description has a lock on the file of `fd`."""
     try:
-        lock_range(fd, 0, 0, shared=False, wait=False)
+        ofd_lock(fd, _WRITE_ALL)
     except BlockingIOError:
         return False
-    unlock_range(fd, 0, 0)
+    ofd_lock(fd, _UNLOCK_ALL)
     return True
 
 
