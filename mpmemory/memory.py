@@ -28,8 +28,8 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-# memfd_create(2): 249 bytes without the "memfd:" before it.
-_MAX_NAME = 249
+# memfd_create(2) takes 249 bytes, of which the backend needs some for the process that makes it.
+_MAX_NAME = 200
 
 
 class HasFileno(Protocol):
@@ -85,7 +85,7 @@ class Memory(Shareable):
 
         Raises:
             TypeError: `size` is not an int, or `name` not a str.
-            ValueError: `size` is negative, or `name` has a NUL or is longer than 249 bytes.
+            ValueError: `size` is negative, or `name` has a NUL or is longer than 200 bytes.
             OSError: no descriptor is left (EMFILE), `size` is beyond what files can have (EFBIG), or what is
                 to be allocated is more than the file system (ENOSPC), the machine or the cgroup has (ENOMEM).
         """

@@ -37,7 +37,7 @@ def holders(label: str) -> int:
     count = 0
     for maps in Path("/proc").glob("[0-9]*/maps"):
         with contextlib.suppress(OSError):  # it has ended meanwhile
-            count += f"/memfd:{label} " in maps.read_text()
+            count += f":{label} " in maps.read_text()
     return count
 
 

@@ -47,7 +47,7 @@ def same(left: Any, right: Any) -> bool:
 def _unlinked() -> Any:
     yield
     gc.collect()
-    assert not [what for what in open_fds().values() if "memfd:shared_memory" in what]
+    assert not [what for what in open_fds().values() if ":shared_memory" in what]
 
 
 pytestmark = pytest.mark.usefixtures("_unlinked")

@@ -39,7 +39,7 @@ def name() -> Iterator[str]:
 
 
 def open_blocks() -> list[str]:
-    return [what for what in open_fds().values() if "memfd:shared_memory" in what]
+    return [what for what in open_fds().values() if ":shared_memory" in what]
 
 
 # --- as the standard library's ---------------------------------------------------------------------

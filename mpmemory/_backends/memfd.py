@@ -32,7 +32,8 @@ def _flags() -> int:
 
 
 def create(label: str) -> int:
-    fd = os.memfd_create(label, _flags())
+    # With the process that made it, for `python -m mpmemory ls`.
+    fd = os.memfd_create(f"mpmemory:{os.getpid()}:{label}", _flags())
     # At birth, so that no holder can ever shrink it under another's mapping (SIGBUS).
     fcntl.fcntl(fd, F_ADD_SEALS, F_SEAL_SHRINK)
     return fd

@@ -11,6 +11,7 @@ import fcntl
 import functools
 import mmap
 import os
+import re
 import select
 import shutil
 import signal
@@ -42,6 +43,12 @@ MSG_CMSG_CLOEXEC = int(
 
 #: Whether Unix sockets can have names that are in no folder, and go with the socket (unix(7)).
 ABSTRACT_SOCKETS = sys.platform == "linux"
+
+# What is before a label: of all memfds, and of those that the backend makes.
+_OUR_LABEL = re.compile(r"memfd:(mpmemory:\d+:)?")
+
+# What stands for no limit in the cgroups of version 1 is about 2**63.
+_NO_LIMIT = 1 << 60
 
 # What poll(2) waits at most, in milliseconds.
 _MAX_POLL = 2**31 - 1
@@ -92,11 +99,12 @@ def grow(fd: int, size: int) -> None:
 
 def available_memory() -> int | None:
     """Return how many bytes this process can still have: on the machine, and within its cgroups. None: not known."""
-    found = [amount for amount in (_available_on_machine(), *_available_in_cgroups()) if amount is not None]
-    return min(found, default=None)
+    machine = available_on_machine()
+    return min(available_in_cgroups() if machine is None else (machine, *available_in_cgroups()), default=None)
 
 
-def _available_on_machine() -> int | None:
+def available_on_machine() -> int | None:
+    """Return how many bytes the kernel takes for available; None if it does not tell."""
     with contextlib.suppress(OSError), open("/proc/meminfo") as file:
         for line in file:
             if line.startswith("MemAvailable:"):
@@ -104,7 +112,7 @@ def _available_on_machine() -> int | None:
     return None
 
 
-def _available_in_cgroups() -> Iterator[int | None]:
+def available_in_cgroups() -> Iterator[int]:
     """Yield what is left of the limit of each memory cgroup that this process is in (cgroups(7))."""
     lines = _read("/proc/self/cgroup").splitlines()
     for number, controllers, path in (line.split(":", 2) for line in lines):
@@ -123,7 +131,7 @@ def _available_in_cgroups() -> Iterator[int | None]:
         folders = [path, *(parent for parent in map(str, PurePosixPath(path).parents))]
         for folder in dict.fromkeys(root + each.rstrip("/") for each in folders):
             maximum, used = _read(f"{folder}/{limit}"), _read(f"{folder}/{usage}")
-            if maximum.strip().isdigit() and used.strip().isdigit():
+            if maximum.strip().isdigit() and used.strip().isdigit() and int(maximum) < _NO_LIMIT:
                 statistics = dict(line.split(" ", 1) for line in _read(f"{folder}/memory.stat").splitlines())
                 # Files that nobody has used for a while give way.
                 yield max(int(maximum) - int(used) + int(statistics.get(cache, 0)), 0)
@@ -172,7 +180,7 @@ def label_of(fd: int) -> str | None:
         path = os.readlink(f"/proc/self/fd/{fd}")
     except OSError:
         return None
-    return os.path.basename(path.removesuffix(" (deleted)")).removeprefix("memfd:")
+    return _OUR_LABEL.sub("", os.path.basename(path.removesuffix(" (deleted)")))
 
 
 def is_path_only(flags: int) -> bool:
