@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from . import _reaper
 from ._backends import platform
-from ._fds import OwnedFd
+from ._fds import OwnedFd, budget
 from ._reaper import reaper
 from .errors import failed
 from .memory import Memory
@@ -120,7 +120,10 @@ Key = tuple[int, int, bool]  # device and inode, and whether it is to be written
 
 _lock = threading.RLock()
 _whole: weakref.WeakValueDictionary[Key, Mapping] = weakref.WeakValueDictionary()
-_warm: dict[Key, tuple[Mapping, float]] = {}  # with the last use, on the monotonic clock
+_warm: dict[Key, tuple[Mapping, float]] = {}  # with the last use, on the monotonic clock; in the order of use
+
+#: What is kept warm has so many bytes in all, at most, or is one mapping.
+WARM_MAX = 256 << 20
 
 
 def map_whole(memory: Memory, *, write: bool = True, keep_warm: bool = False) -> Mapping:
@@ -138,9 +141,20 @@ def map_whole(memory: Memory, *, write: bool = True, keep_warm: bool = False) ->
             access = mmap.ACCESS_WRITE if write and not memory.readonly else mmap.ACCESS_READ
             _whole[key] = mapping = map_memory(memory, status.st_size, 0, access)
         if keep_warm:
+            is_new = _warm.pop(key, None) is None
             _warm[key] = mapping, time.monotonic()
+            if is_new:
+                _release_excess()
             reaper.watch(_release_idle)
     return mapping
+
+
+def _release_excess() -> None:
+    """Give up what was not used for longest: of many memories that come once each, few descriptors and bytes stay."""
+    count, nbytes = budget() // 4, sum(len(mapping) for mapping, _ in _warm.values())
+    while len(_warm) > 1 and (len(_warm) > count or nbytes > WARM_MAX):
+        mapping, _ = _warm.pop(next(iter(_warm)))
+        nbytes -= len(mapping)
 
 
 def _release_idle() -> bool:
