@@ -46,13 +46,15 @@ class Slabs:
         with self._lock:
             # With few descriptors left, large arrays share slabs too.
             size = max(SLAB_SIZE, 8 << (nbytes - 1).bit_length()) if nbytes else SLAB_SIZE
-            reference, start = self._open.get(size, (None, 0))
+            # Taken out meanwhile: a signal handler or finalizer that comes in between begins a slab of its own.
+            slabs = self._open
+            reference, start = slabs.pop(size, (None, 0))
             slab = reference() if reference is not None else None
             if slab is None or start + nbytes > size:
                 slab, start = map_whole(Memory(size, name=SLAB)), 0
             # An array without any bytes takes some, too: its address tells where it is.
             end = start + max(nbytes, 1)
-            self._open[size] = weakref.ref(slab), -(-end // ALIGNMENT) * ALIGNMENT
+            slabs[size] = weakref.ref(slab), -(-end // ALIGNMENT) * ALIGNMENT
         return slab, start
 
     def allocate_own(self, nbytes: int) -> Mapping:
