@@ -145,14 +145,16 @@ def frozen(a: NDArray[Any]) -> NDArray[Any]:
     is written through them is seen in the view. Sent from now on, they arrive read-only, as does all that is in
     the same memory.
 
-    If `a` is in private memory, or shares its memory with other small arrays, it is copied first.
+    If `a` is in private memory, shares its memory with other small arrays, or has no items, it is copied first.
 
     Raises:
         TypeError: `a` is no array, or holds Python objects.
-        OSError: the memory cannot be sealed (ENOTSUP), since the backend is not memfd; otherwise as `zeros`.
+        OSError: the memory cannot be sealed, since it is no memfd (ENOTSUP) or was opened read-only (EACCES);
+            otherwise as `zeros`.
     """
     _check(_check_array(a).dtype)
-    place = _place_of(a)
+    # An array without items may have the address of other memory, which is not to be sealed.
+    place = _place_of(a) if a.size else None
     if place is None or slabs.is_slab(place[0]):
         template = np.empty_like(a, subok=False)
         mapping, offset = slabs.allocate_own(a.nbytes), 0
@@ -162,8 +164,9 @@ def frozen(a: NDArray[Any]) -> NDArray[Any]:
         mapping, offset = place
         strides = a.strides
     memory = mapping.memory
-    if not memory.readonly:
-        memory.seal(Seal.FUTURE_WRITE)
+    if not memory.seals & (Seal.WRITE | Seal.FUTURE_WRITE):
+        # Who can shrink and grow it, could write zeros.
+        memory.seal(Seal.FUTURE_WRITE | Seal.SHRINK)
     readonly = _mappings.map_whole(memory, write=False)
     return np.ndarray(a.shape, a.dtype, _bytes_of(readonly), offset, strides)
 
@@ -187,12 +190,16 @@ def _layout(shape: Shape, dtype: DTypeLike, order: Order) -> tuple[tuple[int, ..
     if kind.subdtype is not None:  # each item is an array itself: more dimensions
         kind, inner = kind.subdtype
         dimensions += inner
+    if not kind.itemsize:
+        kind = np.empty(0, kind).dtype  # NumPy makes strings of one character from those without a length
     return dimensions, kind, math.prod(dimensions) * kind.itemsize
 
 
 def _check_array(a: Any) -> NDArray[Any]:
     if isinstance(a, np.ndarray):
         return a
+    if isinstance(a, LostArray):
+        _fail(a)
     raise TypeError(f"expected a numpy.ndarray, found {type(a).__name__}")
 
 
@@ -264,9 +271,8 @@ def _rebuild(
 ) -> Any:
     """Return the array there, or what stands for one that cannot be had. Never raises an Exception."""
     try:
-        # What is sealed, not even a forked child shall write to, although its parent's mapping lets it.
-        write = writeable or not memory.readonly
-        mapping = _mappings.map_whole(memory, write=write, keep_warm=True)
+        # What is sealed arrives read-only, also where there is a mapping from before that could be written to.
+        mapping = _mappings.map_whole(memory, write=not memory.readonly, keep_warm=True)
         result = np.ndarray(shape, dtype, _bytes_of(mapping), offset, strides)
     except Exception as error:
         return LostArray(LostFd.because(error, "the array cannot be had"))
@@ -282,7 +288,7 @@ class LostArray:
     """
 
     def __init__(self, reason: LostFd) -> None:
-        self._reason = reason
+        vars(self)["_reason"] = reason  # to set an attribute is to use it, too
 
     def __repr__(self) -> str:
         return "<LostArray>"
@@ -298,9 +304,9 @@ def _fail(lost: LostArray, *_: object, **__: object) -> NoReturn:
 
 
 _OPERATIONS = (
-    "array len iter contains bool int float index getitem setitem eq ne lt le gt ge neg pos abs invert reduce "
-    "add radd iadd sub rsub isub mul rmul imul matmul rmatmul truediv rtruediv itruediv floordiv rfloordiv "
-    "mod rmod pow rpow and rand or ror xor rxor lshift rshift"
+    "setattr array len iter contains bool int float index round getitem setitem delitem eq ne lt le gt ge "
+    "neg pos abs invert reduce add radd iadd sub rsub isub mul rmul imul matmul rmatmul truediv rtruediv itruediv "
+    "floordiv rfloordiv mod rmod divmod rdivmod pow rpow and rand or ror xor rxor lshift rlshift rshift rrshift"
 )
 for _name in _OPERATIONS.split():
     setattr(LostArray, f"__{_name}__", _fail)

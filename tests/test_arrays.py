@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import fcntl
 import gc
 import inspect
 import itertools
@@ -9,10 +11,12 @@ import mmap
 import multiprocessing
 import os
 import pickle
+import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import numpy as np
@@ -23,8 +27,10 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as nps
 
 import mpmemory
-from mpmemory import HandleLostError, Memory, SharedBuffer, SharedMemory, _mappings, _slabs, arrays
+from mpmemory import HandleLostError, Memory, Seal, SharedBuffer, SharedMemory, _fds, _mappings, _slabs, arrays
+from mpmemory._backends import platform
 from mpmemory._reaper import reaper
+from mpmemory._slabs import Slabs
 
 Array = Any
 
@@ -132,6 +138,9 @@ def test_other_shapes_and_dtypes() -> None:
     assert arrays.zeros_like([[1, 2]], shape=(3, 1)).tolist() == [[0], [0], [0]]
     assert arrays.array([1.5, 2]).tolist() == [1.5, 2]
     assert arrays.array(["a", "bcd"]).dtype == "U3"
+    for kind in ("S", "U", "V", "V0"):  # NumPy makes strings of one character from those without a length
+        assert arrays.zeros(3, kind).dtype == np.zeros(3, kind).dtype
+        assert arrays.full(3, "abc", kind[:1]).tolist() == np.full(3, "abc", kind[:1]).tolist()
     assert arrays.array([1, 2], "f4").dtype == "f4"
     assert arrays.full((2, 3), [1, 2, 3]).tolist() == [[1, 2, 3], [1, 2, 3]]
     assert arrays.full(2, "abc").tolist() == ["abc", "abc"]
@@ -448,6 +457,27 @@ def test_a_busy_worker_maps_a_memory_once(ctx: Any) -> None:
     assert a[:20].tolist() == list(range(20))
 
 
+@pytest.mark.usefixtures("never_idle")
+def test_a_stream_of_arrays_takes_few_descriptors_and_little_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = len(open_fds())
+    for _ in range(3 * _fds.budget()):
+        echo(arrays.zeros(100_000))
+    assert len(open_fds()) - before < _fds.budget()
+    monkeypatch.setattr(_mappings, "WARM_MAX", 3_000_000)
+    for _ in range(10):
+        echo(arrays.zeros(100_000))
+    assert len([line for line in mappings() if "array" in line]) == 3
+    often = arrays.zeros(100_000)
+    for _ in range(10):
+        echo(often)
+        echo(arrays.zeros(100_000))
+    where = address(echo(often))
+    del often
+    assert any(line.startswith(f"{where:x}-") for line in mappings())
+    echo(arrays.zeros(1_000_000))  # the last one stays, whatever its size
+    assert len([line for line in mappings() if "array" in line]) == 1
+
+
 def hold_nothing(conn: Any) -> None:
     from mpmemory import _reaper
 
@@ -556,6 +586,36 @@ def test_out_of_descriptors(run_python: Any) -> None:
     )
 
 
+def test_a_signal_handler_makes_arrays_of_its_own() -> None:
+    # Between any two instructions of the function that looks for a place. Not the first: nothing is taken yet.
+    names = itertools.count(1)
+    kept: list[tuple[int, Array]] = []
+
+    def make() -> None:
+        name = next(names)
+        kept.append((name, arrays.full(8, name)))
+
+    def interrupt(frame: FrameType, event: str, argument: object) -> Any:
+        if frame.f_code is not Slabs.allocate.__code__:
+            return interrupt if event == "call" else None
+        frame.f_trace_opcodes = True
+        if event == "opcode":
+            sys.settrace(None)
+            make()
+            sys.settrace(interrupt)
+        return interrupt
+
+    tracer = sys.gettrace()
+    sys.settrace(interrupt)
+    try:
+        make()
+        make()
+    finally:
+        sys.settrace(tracer)
+    assert len(kept) > 20
+    assert all((a == name).all() for name, a in kept)
+
+
 # --- frozen ---------------------------------------------------------------------------------------
 
 
@@ -615,6 +675,7 @@ def test_a_frozen_view_sees_what_is_written_through_the_array() -> None:
     a[0, 0] = 5
     assert view[0, 0] == received[0, 0] == 5
     assert not far_echo(a).flags.writeable
+    assert not echo(a).flags.writeable  # also where a mapping can be written to
     small = arrays.ones(10)
     copy = arrays.frozen(small)
     small[0] = 5
@@ -622,9 +683,38 @@ def test_a_frozen_view_sees_what_is_written_through_the_array() -> None:
     assert far_echo(small).flags.writeable  # other small arrays are not sealed with it
 
 
+def test_frozen_memory_of_others_cannot_shrink() -> None:
+    descriptor = os.memfd_create("theirs", os.MFD_ALLOW_SEALING)
+    os.ftruncate(descriptor, 80)
+    fcntl.fcntl(descriptor, platform.F_ADD_SEALS, int(Seal.GROW))
+    view = arrays.frozen(Memory.from_fd(descriptor).map().ndarray(10))
+    with pytest.raises(PermissionError):  # that would write zeros
+        os.ftruncate(arrays.memory_of(view).fileno(), 0)
+
+
+def test_frozen_is_not_content_with_a_descriptor_opened_read_only() -> None:
+    memory = Memory(80)
+    readonly = Memory.from_fd(os.open(f"/proc/self/fd/{memory.fileno()}", os.O_RDONLY))  # a receiver can undo that
+    with pytest.raises(PermissionError, match="cannot add"):
+        arrays.frozen(readonly.map().ndarray(10))
+    arrays.frozen(memory.map().ndarray(10))
+    assert arrays.frozen(readonly.map().ndarray(10)).tolist() == [0] * 10
+
+
+def test_frozen_seals_no_other_memory() -> None:
+    # The kernel puts mappings side by side: behind the end of one begins another.
+    buffers = [SharedBuffer(mmap.PAGESIZE) for _ in range(30)]
+    ends = [buffer.ndarray(0, offset=mmap.PAGESIZE) for buffer in buffers]
+    starts = {address(buffer.ndarray(1)) for buffer in buffers}
+    assert any(address(end) in starts for end in ends)
+    for end in ends:
+        assert arrays.frozen(end).shape == (0,)
+    assert not any(buffer.memory.readonly for buffer in buffers)
+
+
 @pytest.mark.parametrize("backend", ["posix", "file"], indirect=True)
 def test_frozen_needs_seals(backend: str) -> None:
-    with pytest.raises(OSError, match=r"cannot add <Seal\.FUTURE_WRITE: 16> to memory 'array': Operation not"):
+    with pytest.raises(OSError, match=r"cannot add <Seal\..*> to memory 'array': Operation not"):
         arrays.frozen(np.ones(3))
 
 
@@ -652,6 +742,11 @@ def test_a_lost_array_says_so_when_it_is_used() -> None:
         lambda: bool(lost),
         lambda: lost.__setitem__(0, 1),
         lambda: dumps(lost),
+        lambda: copy.copy(lost),
+        lambda: setattr(lost, "shape", (3,)),
+        lambda: divmod(lost, 2),
+        lambda: arrays.memory_of(lost),
+        lambda: arrays.frozen(lost),
     ]
     for action in actions:
         with pytest.raises(HandleLostError, match="the array cannot be had"):
