@@ -92,9 +92,11 @@ def full(shape: Shape, fill_value: ArrayLike, dtype: DTypeLike | None = None, or
 
     The dtype is that of the value if None. Other arguments and errors are those of `zeros`.
     """
-    value = np.asarray(fill_value)
-    result = zeros(shape, value.dtype if dtype is None else dtype, order)
-    np.copyto(result, value, casting="unsafe")
+    if dtype is None:
+        fill_value = np.asarray(fill_value)
+        dtype = fill_value.dtype
+    result = zeros(shape, dtype, order)
+    np.copyto(result, fill_value, casting="unsafe")  # as NumPy does: an int that does not fit is an OverflowError
     return result
 
 
@@ -275,7 +277,7 @@ def _rebuild(
         mapping = _mappings.map_whole(memory, write=not memory.readonly, keep_warm=True)
         result = np.ndarray(shape, dtype, _bytes_of(mapping), offset, strides)
     except Exception as error:
-        return LostArray(LostFd.because(error, "the array cannot be had"))
+        return LostArray(LostFd.because(error, "the array cannot be had"), shape, dtype)
     if not writeable:
         result.flags.writeable = False
     return result
@@ -284,23 +286,26 @@ def _rebuild(
 class LostArray:
     """Stands where an array should be whose memory did not arrive: using it raises HandleLostError.
 
-    Unpickling never raises, since that would hang the Pool of the standard library.
+    Unpickling never raises, since that would hang the Pool of the standard library. While pandas unpickles a frame
+    of numbers, it asks for shape, dtype and ndim, which are known.
     """
 
-    def __init__(self, reason: LostFd) -> None:
-        vars(self)["_reason"] = reason  # to set an attribute is to use it, too
+    def __init__(self, reason: LostFd, shape: tuple[int, ...], dtype: np.dtype[Any]) -> None:
+        # Not by setattr: to set an attribute is to use it, too.
+        vars(self).update(_reason=reason, shape=shape, dtype=dtype, ndim=len(shape))
 
     def __repr__(self) -> str:
         return "<LostArray>"
 
     def __getattr__(self, name: str) -> NoReturn:
-        if name.startswith("__"):  # somebody wants to know what this is
+        if name.startswith("_"):  # somebody wants to know what this is
             raise AttributeError(name)
         _fail(self)
 
 
 def _fail(lost: LostArray, *_: object, **__: object) -> NoReturn:
-    lost._reason.fileno()
+    reason: LostFd = vars(lost)["_reason"]
+    reason.fileno()
 
 
 _OPERATIONS = (
