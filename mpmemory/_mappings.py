@@ -64,10 +64,10 @@ def map_memory(memory: Memory, length: int, start: int, access: int) -> Mapping:
 
 # --- by address -----------------------------------------------------------------------------------
 
-# All there are. A reference's callback comes before the memory is unmapped, so that no address is taken
-# for a mapping that is gone.
+# All there are. A reference is dead before the memory is unmapped, so that no address is taken for a mapping
+# that is gone.
 _live: set[weakref.ref[Mapping]] = set()
-_state = object()  # another one after each change
+_state = object()  # another one after each new mapping
 
 
 class _Index(NamedTuple):
@@ -81,18 +81,12 @@ _index = _Index(None, [], [])
 
 def _add(mapping: Mapping) -> None:
     global _state
-    _live.add(weakref.ref(mapping, _remove))
-    _state = object()
-
-
-def _remove(reference: weakref.ref[Mapping]) -> None:
-    global _state
-    _live.discard(reference)
+    _live.add(weakref.ref(mapping, _live.discard))
     _state = object()
 
 
 def _build_index() -> _Index:
-    state = _state  # before it is looked at: whatever changes from now on makes this index out of date
+    state = _state  # before it is looked at: whatever comes from now on makes this index out of date
     mappings = [(reference(), reference) for reference in list(_live)]
     entries = sorted((mapping.address, place) for place, (mapping, _) in enumerate(mappings) if mapping is not None)
     return _Index(state, [address for address, _ in entries], [mappings[place][1] for _, place in entries])

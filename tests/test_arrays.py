@@ -306,6 +306,25 @@ def test_memory_that_has_grown_meanwhile() -> None:
     assert echo(memory.map(8, 99_992).ndarray(1))[0] == 1
 
 
+def test_private_memory_beside_shared_memory_is_private() -> None:
+    # The kernel puts mappings side by side, and a new one where an old one was.
+    neighbours = []
+    for _ in range(20):
+        neighbours.append(np.frombuffer(mmap.mmap(-1, mmap.PAGESIZE), "u1"))
+        neighbours.append(SharedBuffer(mmap.PAGESIZE).ndarray(mmap.PAGESIZE, "u1"))
+    private, shared = neighbours[::2], neighbours[1::2]
+    assert {address(a) + a.nbytes for a in shared} & {address(a) for a in private}
+    assert {address(a) + a.nbytes for a in private} & {address(a) for a in shared}
+    assert [arrays.is_shared(a) for a in neighbours] == [False, True] * 20
+    addresses = {address(a) for a in shared}
+    known = len(_mappings._live)
+    del neighbours, shared
+    assert len(_mappings._live) == known - 20
+    followers = [np.frombuffer(mmap.mmap(-1, mmap.PAGESIZE), "u1") for _ in range(20)]
+    assert {address(a) for a in followers} & addresses
+    assert not any(arrays.is_shared(a) for a in followers)
+
+
 @pytest.mark.filterwarnings("ignore:the matrix subclass:PendingDeprecationWarning")
 @pytest.mark.parametrize(
     "make",
