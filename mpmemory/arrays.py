@@ -6,8 +6,8 @@
 What the functions here return are plain arrays. Sent through multiprocessing, they arrive on the same memory:
 what one process writes, the others see. So does every array over shared memory, however it was made: slices,
 transposes, reshapes, views of another type, those of `SharedBuffer.ndarray`, and of `numpy.frombuffer` on a
-`SharedBuffer` or `SharedMemory`. All other arrays pickle as ever, and so do subclasses of numpy.ndarray;
-and all do outside of multiprocessing (plain pickle, joblib's loky): as copies.
+`SharedBuffer` or `SharedMemory`. All other arrays pickle as ever, and so do subclasses of numpy.ndarray and
+arrays without items; and all do outside of multiprocessing (plain pickle, joblib's loky): as copies.
 
 Importing this module has one effect: it tells multiprocessing's pickler how to pickle a numpy.ndarray.
 
@@ -70,7 +70,8 @@ def zeros(shape: Shape, dtype: DTypeLike = float, order: Order = "C") -> NDArray
     Raises:
         TypeError: the dtype holds Python objects.
         ValueError: a length is negative, or the order is another.
-        OSError: no descriptor is left (EMFILE), or, where the backend is not memfd, no memory (ENOSPC).
+        OSError: no descriptor is left (EMFILE), so much cannot be mapped (EFBIG, ENOMEM), or, where the backend is
+            not memfd, there is no memory (ENOSPC).
     """
     dimensions, kind, nbytes = _layout(shape, dtype, order)
     mapping, offset = slabs.allocate(nbytes)
@@ -222,7 +223,7 @@ def _bytes_of(mapping: Mapping) -> NDArray[np.uint8]:
 def is_shared(a: object) -> bool:
     """Return whether `a` is an array over shared memory of this package, so that it is sent by reference.
 
-    An array of a subclass of numpy.ndarray is sent as a copy all the same.
+    An array of a subclass of numpy.ndarray, or without items, is sent as a copy all the same.
     """
     return isinstance(a, np.ndarray) and _place_of(a) is not None
 

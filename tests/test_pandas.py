@@ -104,7 +104,7 @@ def test_frames_through_queues(method: str) -> None:
 
 
 def negate(frame: pd.DataFrame, column: np.ndarray) -> pd.DataFrame:
-    column *= -1  # pandas itself would copy before it writes
+    column *= -1  # frame *= -1 would make new columns
     assert (frame["a"] == column).all()
     return frame
 
@@ -123,6 +123,17 @@ def test_a_frame_on_shared_arrays_is_sent_by_reference(method: str) -> None:
         assert arrays.is_shared(found[column].to_numpy())
         row[0] = 7
         assert found[column][0] == 7
+
+
+def test_what_pandas_writes_in_place_is_seen(pipe: Any) -> None:
+    left, right = pipe
+    values = arrays.zeros((3, ROWS))
+    left.send(pd.DataFrame(values.T, columns=list("abc"), copy=False))
+    found = right.recv()
+    found.iloc[0, 0] = 1
+    found.loc[1, "b"] = 2
+    found["c"] = 3.0
+    assert (values[0, 0], values[1, 1], values[2, 2]) == (1, 2, 0)
 
 
 def test_a_frame_on_several_shared_arrays(pipe: Any) -> None:
