@@ -145,9 +145,12 @@ def map_whole(memory: Memory, *, write: bool = True, keep_warm: bool = False) ->
 
 def _release_excess() -> None:
     """Give up what was not used for longest: of many memories that come once each, few descriptors and bytes stay."""
-    count, nbytes = budget() // 4, sum(len(mapping) for mapping, _ in _warm.values())
-    while len(_warm) > 1 and (len(_warm) > count or nbytes > WARM_MAX):
-        mapping, _ = _warm.pop(next(iter(_warm)))
+    entries = list(_warm.items())  # a copy: a signal handler may receive arrays, too
+    nbytes = sum(len(mapping) for _, (mapping, _) in entries)
+    for key, (mapping, _) in entries[:-1]:
+        if len(_warm) <= budget() // 4 and nbytes <= WARM_MAX:
+            return
+        _warm.pop(key, None)
         nbytes -= len(mapping)
 
 
