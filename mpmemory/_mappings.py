@@ -132,8 +132,12 @@ def map_whole(memory: Memory, *, write: bool = True, keep_warm: bool = False) ->
     with _lock:
         mapping = _whole.get(key)
         if mapping is None or len(mapping) < status.st_size:
-            access = mmap.ACCESS_WRITE if write and not memory.readonly else mmap.ACCESS_READ
-            _whole[key] = mapping = map_memory(memory, status.st_size, 0, access)
+            access = mmap.ACCESS_WRITE if write else mmap.ACCESS_READ
+            try:
+                mapping = map_memory(memory, status.st_size, 0, access)
+            except PermissionError:  # somebody may have sealed it just now
+                mapping = map_memory(memory, status.st_size, 0, mmap.ACCESS_READ)
+            _whole[key] = mapping
         if keep_warm:
             is_new = _warm.pop(key, None) is None
             _warm[key] = mapping, time.monotonic()

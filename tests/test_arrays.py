@@ -12,6 +12,7 @@ import multiprocessing
 import os
 import pickle
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing.reduction import ForkingPickler
@@ -30,7 +31,7 @@ import mpmemory
 from mpmemory import HandleLostError, Memory, Seal, SharedBuffer, SharedMemory, _fds, _mappings, _slabs, arrays
 from mpmemory._backends import platform
 from mpmemory._reaper import reaper
-from mpmemory._slabs import Slabs
+from mpmemory._slabs import Slabs, slabs
 
 Array = Any
 
@@ -542,6 +543,39 @@ def test_a_forked_child_fills_slabs_of_its_own() -> None:
     assert (a.tolist(), b.tolist()) == ([1] * 10, [3] * 10)
 
 
+def use_arrays(conn: Any) -> None:
+    warm = [line for line in mappings() if "array" in line]
+    conn.send((warm, echo(arrays.full((300, 300), 2)).sum(), echo(arrays.ones(3)).sum()))
+
+
+@pytest.mark.usefixtures("never_idle")
+def test_a_fork_while_other_threads_use_arrays() -> None:
+    echo(arrays.zeros(100_000))  # now kept warm: by this process, not by the child
+    held, done = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        with _mappings._lock, slabs._lock:
+            held.set()
+            done.wait()
+
+    thread = threading.Thread(target=hold)
+    thread.start()
+    held.wait()
+    ctx = mpmemory.get_context("fork")
+    left, right = ctx.Pipe()
+    with left, right:
+        child = ctx.Process(target=use_arrays, args=(right,))
+        child.start()
+        done.set()
+        thread.join()
+        try:
+            assert left.poll(20)
+            assert left.recv() == ([], 180_000, 3)
+        finally:
+            child.kill()
+            child.join()
+
+
 # --- slabs ----------------------------------------------------------------------------------------
 
 
@@ -703,6 +737,18 @@ def test_a_frozen_view_sees_what_is_written_through_the_array() -> None:
     small[0] = 5
     assert copy[0] == 1
     assert far_echo(small).flags.writeable  # other small arrays are not sealed with it
+
+
+def test_an_array_that_is_sealed_while_it_is_received(monkeypatch: pytest.MonkeyPatch) -> None:
+    a = arrays.ones((300, 300))
+    data = dumps(a)
+    with arrays.memory_of(a) as memory:
+        memory.seal(Seal.FUTURE_WRITE)
+    _mappings._whole.clear()
+    monkeypatch.setattr(Memory, "readonly", False)  # as it was when the receiver looked
+    found = pickle.loads(data)
+    assert (found == 1).all()
+    assert not found.flags.writeable
 
 
 def test_frozen_memory_of_others_cannot_shrink() -> None:
