@@ -872,6 +872,24 @@ def test_without_numpy_it_says_what_to_install(run_python: Any) -> None:
     )
 
 
+def test_arrays_that_live_until_the_interpreter_ends(run_python: Any) -> None:
+    done = run_python(
+        "import builtins, sys\n"
+        "import numpy\n"
+        "from mpmemory import arrays\n"
+        "from mpmemory.connection import Pipe\n"
+        "class Late:\n"
+        "    def __init__(self): self.itself, self.array = self, arrays.ones(100_000)\n"
+        "    def __del__(self): self.array[0] = 2; self.others = arrays.zeros(3), arrays.zeros(100_000)\n"
+        "sys.late, builtins.late, numpy.late = Late(), Late(), arrays.ones(3)\n"
+        "left, right = Pipe()\n"
+        "left.send(sys.late.array)\n"
+        "sys.received = right.recv()\n"
+        "left.send(arrays.zeros(3))\n"  # never received
+    )
+    assert done.stderr == ""
+
+
 def test_its_one_effect(run_python: Any) -> None:
     run_python(
         "import mpmemory, numpy\n"
