@@ -597,6 +597,11 @@ def test_small_arrays_share_slabs_which_go_with_the_last() -> None:
     assert open_fds() == before
 
 
+def test_arrays_without_items_at_the_end_of_a_slab() -> None:
+    kept = [arrays.zeros(0) for _ in range(2 * _slabs.SLAB_SIZE // _slabs.ALIGNMENT)]
+    assert all(arrays.is_shared(a) for a in kept)
+
+
 def test_ten_thousand_small_arrays_under_a_limit_of_256_descriptors(run_python: Any) -> None:
     run_python(
         "import resource, numpy as np\n"
