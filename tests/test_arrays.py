@@ -349,6 +349,7 @@ def test_private_memory_beside_shared_memory_is_private() -> None:
         lambda folder: np.datetime64("2020-01-01"),
         lambda folder: Memory(80).map(access=mmap.ACCESS_COPY).ndarray(10),
         lambda folder: arrays.zeros(3).view(np.matrix),
+        lambda folder: np.ndarray(3, object, SharedBuffer(24).buf),
     ],
 )
 def test_other_arrays_pickle_as_ever(make: Callable[[Path], Array], tmp_path: Path) -> None:
