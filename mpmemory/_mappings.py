@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from . import _reaper
 from ._backends import platform
-from ._fds import OwnedFd
+from ._fds import OwnedFd, budget
 from ._reaper import reaper
 from .errors import failed
 from .memory import Memory
@@ -64,10 +64,10 @@ def map_memory(memory: Memory, length: int, start: int, access: int) -> Mapping:
 
 # --- by address -----------------------------------------------------------------------------------
 
-# All there are. A reference's callback comes before the memory is unmapped, so that no address is taken
-# for a mapping that is gone.
+# All there are. A reference is dead before the memory is unmapped, so that no address is taken for a mapping
+# that is gone.
 _live: set[weakref.ref[Mapping]] = set()
-_state = object()  # another one after each change
+_state = object()  # another one after each new mapping
 
 
 class _Index(NamedTuple):
@@ -81,18 +81,12 @@ _index = _Index(None, [], [])
 
 def _add(mapping: Mapping) -> None:
     global _state
-    _live.add(weakref.ref(mapping, _remove))
-    _state = object()
-
-
-def _remove(reference: weakref.ref[Mapping]) -> None:
-    global _state
-    _live.discard(reference)
+    _live.add(weakref.ref(mapping, _live.discard))
     _state = object()
 
 
 def _build_index() -> _Index:
-    state = _state  # before it is looked at: whatever changes from now on makes this index out of date
+    state = _state  # before it is looked at: whatever comes from now on makes this index out of date
     mappings = [(reference(), reference) for reference in list(_live)]
     entries = sorted((mapping.address, place) for place, (mapping, _) in enumerate(mappings) if mapping is not None)
     return _Index(state, [address for address, _ in entries], [mappings[place][1] for _, place in entries])
@@ -120,7 +114,10 @@ Key = tuple[int, int, bool]  # device and inode, and whether it is to be written
 
 _lock = threading.RLock()
 _whole: weakref.WeakValueDictionary[Key, Mapping] = weakref.WeakValueDictionary()
-_warm: dict[Key, tuple[Mapping, float]] = {}  # with the last use, on the monotonic clock
+_warm: dict[Key, tuple[Mapping, float]] = {}  # with the last use, on the monotonic clock; in the order of use
+
+#: What is kept warm has so many bytes in all, at most, or is one mapping.
+WARM_MAX = 256 << 20
 
 
 def map_whole(memory: Memory, *, write: bool = True, keep_warm: bool = False) -> Mapping:
@@ -135,12 +132,30 @@ def map_whole(memory: Memory, *, write: bool = True, keep_warm: bool = False) ->
     with _lock:
         mapping = _whole.get(key)
         if mapping is None or len(mapping) < status.st_size:
-            access = mmap.ACCESS_WRITE if write and not memory.readonly else mmap.ACCESS_READ
-            _whole[key] = mapping = map_memory(memory, status.st_size, 0, access)
+            access = mmap.ACCESS_WRITE if write else mmap.ACCESS_READ
+            try:
+                mapping = map_memory(memory, status.st_size, 0, access)
+            except PermissionError:  # somebody may have sealed it just now
+                mapping = map_memory(memory, status.st_size, 0, mmap.ACCESS_READ)
+            _whole[key] = mapping
         if keep_warm:
+            is_new = _warm.pop(key, None) is None
             _warm[key] = mapping, time.monotonic()
+            if is_new:
+                _release_excess()
             reaper.watch(_release_idle)
     return mapping
+
+
+def _release_excess() -> None:
+    """Give up what was not used for longest: of many memories that come once each, few descriptors and bytes stay."""
+    entries = list(_warm.items())  # a copy: a signal handler may receive arrays, too
+    nbytes = sum(len(mapping) for _, (mapping, _) in entries)
+    for key, (mapping, _) in entries[:-1]:
+        if len(_warm) <= budget() // 4 and nbytes <= WARM_MAX:
+            return
+        _warm.pop(key, None)
+        nbytes -= len(mapping)
 
 
 def _release_idle() -> bool:

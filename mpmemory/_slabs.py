@@ -41,18 +41,19 @@ class Slabs:
 
     def allocate(self, nbytes: int) -> tuple[Mapping, int]:
         """Return a mapping, and where in it there are so many bytes of zeros. Raises OSError."""
+        nbytes = max(nbytes, 1)  # an array without any bytes takes some, too: its address tells where it is
         if nbytes >= OWN_MIN and len(self._own) < budget():
             return self.allocate_own(nbytes), 0
         with self._lock:
             # With few descriptors left, large arrays share slabs too.
-            size = max(SLAB_SIZE, 8 << (nbytes - 1).bit_length()) if nbytes else SLAB_SIZE
-            reference, start = self._open.get(size, (None, 0))
+            size = max(SLAB_SIZE, 8 << (nbytes - 1).bit_length())
+            # Taken out meanwhile: a signal handler or finalizer that comes in between begins a slab of its own.
+            slabs = self._open
+            reference, start = slabs.pop(size, (None, 0))
             slab = reference() if reference is not None else None
             if slab is None or start + nbytes > size:
                 slab, start = map_whole(Memory(size, name=SLAB)), 0
-            # An array without any bytes takes some, too: its address tells where it is.
-            end = start + max(nbytes, 1)
-            self._open[size] = weakref.ref(slab), -(-end // ALIGNMENT) * ALIGNMENT
+            slabs[size] = weakref.ref(slab), -(-(start + nbytes) // ALIGNMENT) * ALIGNMENT
         return slab, start
 
     def allocate_own(self, nbytes: int) -> Mapping:

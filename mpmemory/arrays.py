@@ -6,8 +6,8 @@
 What the functions here return are plain arrays. Sent through multiprocessing, they arrive on the same memory:
 what one process writes, the others see. So does every array over shared memory, however it was made: slices,
 transposes, reshapes, views of another type, those of `SharedBuffer.ndarray`, and of `numpy.frombuffer` on a
-`SharedBuffer` or `SharedMemory`. All other arrays pickle as ever, and so do subclasses of numpy.ndarray;
-and all do outside of multiprocessing (plain pickle, joblib's loky): as copies.
+`SharedBuffer` or `SharedMemory`. All other arrays pickle as ever, and so do subclasses of numpy.ndarray and
+arrays without items; and all do outside of multiprocessing (plain pickle, joblib's loky): as copies.
 
 Importing this module has one effect: it tells multiprocessing's pickler how to pickle a numpy.ndarray.
 
@@ -70,7 +70,8 @@ def zeros(shape: Shape, dtype: DTypeLike = float, order: Order = "C") -> NDArray
     Raises:
         TypeError: the dtype holds Python objects.
         ValueError: a length is negative, or the order is another.
-        OSError: no descriptor is left (EMFILE), or, where the backend is not memfd, no memory (ENOSPC).
+        OSError: no descriptor is left (EMFILE), so much cannot be mapped (EFBIG, ENOMEM), or, where the backend is
+            not memfd, there is no memory (ENOSPC).
     """
     dimensions, kind, nbytes = _layout(shape, dtype, order)
     mapping, offset = slabs.allocate(nbytes)
@@ -92,9 +93,11 @@ def full(shape: Shape, fill_value: ArrayLike, dtype: DTypeLike | None = None, or
 
     The dtype is that of the value if None. Other arguments and errors are those of `zeros`.
     """
-    value = np.asarray(fill_value)
-    result = zeros(shape, value.dtype if dtype is None else dtype, order)
-    np.copyto(result, value, casting="unsafe")
+    if dtype is None:
+        fill_value = np.asarray(fill_value)
+        dtype = fill_value.dtype
+    result = zeros(shape, dtype, order)
+    np.copyto(result, fill_value, casting="unsafe")  # as NumPy does: an int that does not fit is an OverflowError
     return result
 
 
@@ -145,14 +148,16 @@ def frozen(a: NDArray[Any]) -> NDArray[Any]:
     is written through them is seen in the view. Sent from now on, they arrive read-only, as does all that is in
     the same memory.
 
-    If `a` is in private memory, or shares its memory with other small arrays, it is copied first.
+    If `a` is in private memory, shares its memory with other small arrays, or has no items, it is copied first.
 
     Raises:
         TypeError: `a` is no array, or holds Python objects.
-        OSError: the memory cannot be sealed (ENOTSUP), since the backend is not memfd; otherwise as `zeros`.
+        OSError: the memory cannot be sealed, since it is no memfd (ENOTSUP) or was opened read-only (EACCES);
+            otherwise as `zeros`.
     """
     _check(_check_array(a).dtype)
-    place = _place_of(a)
+    # An array without items may have the address of other memory, which is not to be sealed.
+    place = _place_of(a) if a.size else None
     if place is None or slabs.is_slab(place[0]):
         template = np.empty_like(a, subok=False)
         mapping, offset = slabs.allocate_own(a.nbytes), 0
@@ -162,8 +167,9 @@ def frozen(a: NDArray[Any]) -> NDArray[Any]:
         mapping, offset = place
         strides = a.strides
     memory = mapping.memory
-    if not memory.readonly:
-        memory.seal(Seal.FUTURE_WRITE)
+    if not memory.seals & (Seal.WRITE | Seal.FUTURE_WRITE):
+        # Who can shrink and grow it, could write zeros.
+        memory.seal(Seal.FUTURE_WRITE | Seal.SHRINK)
     readonly = _mappings.map_whole(memory, write=False)
     return np.ndarray(a.shape, a.dtype, _bytes_of(readonly), offset, strides)
 
@@ -187,12 +193,16 @@ def _layout(shape: Shape, dtype: DTypeLike, order: Order) -> tuple[tuple[int, ..
     if kind.subdtype is not None:  # each item is an array itself: more dimensions
         kind, inner = kind.subdtype
         dimensions += inner
+    if not kind.itemsize:
+        kind = np.empty(0, kind).dtype  # NumPy makes strings of one character from those without a length
     return dimensions, kind, math.prod(dimensions) * kind.itemsize
 
 
 def _check_array(a: Any) -> NDArray[Any]:
     if isinstance(a, np.ndarray):
         return a
+    if isinstance(a, LostArray):
+        _fail(a)
     raise TypeError(f"expected a numpy.ndarray, found {type(a).__name__}")
 
 
@@ -213,7 +223,7 @@ def _bytes_of(mapping: Mapping) -> NDArray[np.uint8]:
 def is_shared(a: object) -> bool:
     """Return whether `a` is an array over shared memory of this package, so that it is sent by reference.
 
-    An array of a subclass of numpy.ndarray is sent as a copy all the same.
+    An array of a subclass of numpy.ndarray, or without items, is sent as a copy all the same.
     """
     return isinstance(a, np.ndarray) and _place_of(a) is not None
 
@@ -264,12 +274,11 @@ def _rebuild(
 ) -> Any:
     """Return the array there, or what stands for one that cannot be had. Never raises an Exception."""
     try:
-        # What is sealed, not even a forked child shall write to, although its parent's mapping lets it.
-        write = writeable or not memory.readonly
-        mapping = _mappings.map_whole(memory, write=write, keep_warm=True)
+        # What is sealed arrives read-only, also where there is a mapping from before that could be written to.
+        mapping = _mappings.map_whole(memory, write=not memory.readonly, keep_warm=True)
         result = np.ndarray(shape, dtype, _bytes_of(mapping), offset, strides)
     except Exception as error:
-        return LostArray(LostFd.because(error, "the array cannot be had"))
+        return LostArray(LostFd.because(error, "the array cannot be had"), shape, dtype)
     if not writeable:
         result.flags.writeable = False
     return result
@@ -278,29 +287,32 @@ def _rebuild(
 class LostArray:
     """Stands where an array should be whose memory did not arrive: using it raises HandleLostError.
 
-    Unpickling never raises, since that would hang the Pool of the standard library.
+    Unpickling never raises, since that would hang the Pool of the standard library. While pandas unpickles a frame
+    of numbers, it asks for shape, dtype and ndim, which are known.
     """
 
-    def __init__(self, reason: LostFd) -> None:
-        self._reason = reason
+    def __init__(self, reason: LostFd, shape: tuple[int, ...], dtype: np.dtype[Any]) -> None:
+        # Not by setattr: to set an attribute is to use it, too.
+        vars(self).update(_reason=reason, shape=shape, dtype=dtype, ndim=len(shape))
 
     def __repr__(self) -> str:
         return "<LostArray>"
 
     def __getattr__(self, name: str) -> NoReturn:
-        if name.startswith("__"):  # somebody wants to know what this is
+        if name.startswith("_"):  # somebody wants to know what this is
             raise AttributeError(name)
         _fail(self)
 
 
 def _fail(lost: LostArray, *_: object, **__: object) -> NoReturn:
-    lost._reason.fileno()
+    reason: LostFd = vars(lost)["_reason"]
+    reason.fileno()
 
 
 _OPERATIONS = (
-    "array len iter contains bool int float index getitem setitem eq ne lt le gt ge neg pos abs invert reduce "
-    "add radd iadd sub rsub isub mul rmul imul matmul rmatmul truediv rtruediv itruediv floordiv rfloordiv "
-    "mod rmod pow rpow and rand or ror xor rxor lshift rshift"
+    "setattr array len iter contains bool int float index round getitem setitem delitem eq ne lt le gt ge "
+    "neg pos abs invert reduce add radd iadd sub rsub isub mul rmul imul matmul rmatmul truediv rtruediv itruediv "
+    "floordiv rfloordiv mod rmod divmod rdivmod pow rpow and rand or ror xor rxor lshift rlshift rshift rrshift"
 )
 for _name in _OPERATIONS.split():
     setattr(LostArray, f"__{_name}__", _fail)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import fcntl
 import gc
 import inspect
 import itertools
@@ -9,10 +11,13 @@ import mmap
 import multiprocessing
 import os
 import pickle
+import sys
+import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import numpy as np
@@ -23,8 +28,10 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as nps
 
 import mpmemory
-from mpmemory import HandleLostError, Memory, SharedBuffer, SharedMemory, _mappings, _slabs, arrays
+from mpmemory import HandleLostError, Memory, Seal, SharedBuffer, SharedMemory, _fds, _mappings, _slabs, arrays
+from mpmemory._backends import platform
 from mpmemory._reaper import reaper
+from mpmemory._slabs import Slabs, slabs
 
 Array = Any
 
@@ -132,6 +139,9 @@ def test_other_shapes_and_dtypes() -> None:
     assert arrays.zeros_like([[1, 2]], shape=(3, 1)).tolist() == [[0], [0], [0]]
     assert arrays.array([1.5, 2]).tolist() == [1.5, 2]
     assert arrays.array(["a", "bcd"]).dtype == "U3"
+    for kind in ("S", "U", "V", "V0"):  # NumPy makes strings of one character from those without a length
+        assert arrays.zeros(3, kind).dtype == np.zeros(3, kind).dtype
+        assert arrays.full(3, "abc", kind[:1]).tolist() == np.full(3, "abc", kind[:1]).tolist()
     assert arrays.array([1, 2], "f4").dtype == "f4"
     assert arrays.full((2, 3), [1, 2, 3]).tolist() == [[1, 2, 3], [1, 2, 3]]
     assert arrays.full(2, "abc").tolist() == ["abc", "abc"]
@@ -164,6 +174,9 @@ def test_wrong_arguments() -> None:
         arrays.zeros(2.5)  # type: ignore[arg-type]
     with pytest.raises(OSError, match="cannot have memory of"):
         arrays.zeros(2**62)
+    if np.lib.NumpyVersion(np.__version__) >= "2.0.0":  # before, NumPy only warned
+        with pytest.raises(OverflowError):
+            arrays.full(2, 300, "u1")
     with pytest.raises(TypeError, match=r"expected a numpy\.ndarray, found list"):
         arrays.frozen([1])  # type: ignore[arg-type]
     with pytest.raises(TypeError, match=r"expected a numpy\.ndarray, found list"):
@@ -207,7 +220,8 @@ def test_any_view_is_sent_by_reference(chain: tuple[Array, Array], data: bytes) 
     base, view = chain
     near, far = echo(view), far_echo(view)
     if not view.size:  # they refer to nothing, and travel as ever
-        assert near.shape == view.shape
+        assert near.shape == far.shape == view.shape
+        assert not arrays.is_shared(near)
         return
     for found in (near, far):
         assert type(found) is np.ndarray
@@ -294,6 +308,25 @@ def test_memory_that_has_grown_meanwhile() -> None:
     assert echo(memory.map(8, 99_992).ndarray(1))[0] == 1
 
 
+def test_private_memory_beside_shared_memory_is_private() -> None:
+    # The kernel puts mappings side by side, and a new one where an old one was.
+    neighbours = []
+    for _ in range(20):
+        neighbours.append(np.frombuffer(mmap.mmap(-1, mmap.PAGESIZE), "u1"))
+        neighbours.append(SharedBuffer(mmap.PAGESIZE).ndarray(mmap.PAGESIZE, "u1"))
+    private, shared = neighbours[::2], neighbours[1::2]
+    assert {address(a) + a.nbytes for a in shared} & {address(a) for a in private}
+    assert {address(a) + a.nbytes for a in private} & {address(a) for a in shared}
+    assert [arrays.is_shared(a) for a in neighbours] == [False, True] * 20
+    addresses = {address(a) for a in shared}
+    known = len(_mappings._live)
+    del neighbours, shared
+    assert len(_mappings._live) == known - 20
+    followers = [np.frombuffer(mmap.mmap(-1, mmap.PAGESIZE), "u1") for _ in range(20)]
+    assert {address(a) for a in followers} & addresses
+    assert not any(arrays.is_shared(a) for a in followers)
+
+
 @pytest.mark.filterwarnings("ignore:the matrix subclass:PendingDeprecationWarning")
 @pytest.mark.parametrize(
     "make",
@@ -316,6 +349,7 @@ def test_memory_that_has_grown_meanwhile() -> None:
         lambda folder: np.datetime64("2020-01-01"),
         lambda folder: Memory(80).map(access=mmap.ACCESS_COPY).ndarray(10),
         lambda folder: arrays.zeros(3).view(np.matrix),
+        lambda folder: np.ndarray(3, object, SharedBuffer(24).buf),
     ],
 )
 def test_other_arrays_pickle_as_ever(make: Callable[[Path], Array], tmp_path: Path) -> None:
@@ -448,6 +482,27 @@ def test_a_busy_worker_maps_a_memory_once(ctx: Any) -> None:
     assert a[:20].tolist() == list(range(20))
 
 
+@pytest.mark.usefixtures("never_idle")
+def test_a_stream_of_arrays_takes_few_descriptors_and_little_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = len(open_fds())
+    for _ in range(3 * _fds.budget()):
+        echo(arrays.zeros(100_000))
+    assert len(open_fds()) - before < _fds.budget()
+    monkeypatch.setattr(_mappings, "WARM_MAX", 3_000_000)
+    for _ in range(10):
+        echo(arrays.zeros(100_000))
+    assert len([line for line in mappings() if "array" in line]) == 3
+    often = arrays.zeros(100_000)
+    for _ in range(10):
+        echo(often)
+        echo(arrays.zeros(100_000))
+    where = address(echo(often))
+    del often
+    assert any(line.startswith(f"{where:x}-") for line in mappings())
+    echo(arrays.zeros(1_000_000))  # the last one stays, whatever its size
+    assert len([line for line in mappings() if "array" in line]) == 1
+
+
 def hold_nothing(conn: Any) -> None:
     from mpmemory import _reaper
 
@@ -490,6 +545,39 @@ def test_a_forked_child_fills_slabs_of_its_own() -> None:
     assert (a.tolist(), b.tolist()) == ([1] * 10, [3] * 10)
 
 
+def use_arrays(conn: Any) -> None:
+    warm = [line for line in mappings() if "array" in line]
+    conn.send((warm, echo(arrays.full((300, 300), 2)).sum(), echo(arrays.ones(3)).sum()))
+
+
+@pytest.mark.usefixtures("never_idle")
+def test_a_fork_while_other_threads_use_arrays() -> None:
+    echo(arrays.zeros(100_000))  # now kept warm: by this process, not by the child
+    held, done = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        with _mappings._lock, slabs._lock:
+            held.set()
+            done.wait()
+
+    thread = threading.Thread(target=hold)
+    thread.start()
+    held.wait()
+    ctx = mpmemory.get_context("fork")
+    left, right = ctx.Pipe()
+    with left, right:
+        child = ctx.Process(target=use_arrays, args=(right,))
+        child.start()
+        done.set()
+        thread.join()
+        try:
+            assert left.poll(20)
+            assert left.recv() == ([], 180_000, 3)
+        finally:
+            child.kill()
+            child.join()
+
+
 # --- slabs ----------------------------------------------------------------------------------------
 
 
@@ -509,6 +597,11 @@ def test_small_arrays_share_slabs_which_go_with_the_last() -> None:
     gc.collect()
     assert [line for line in mappings() if _slabs.SLAB in line] == []
     assert open_fds() == before
+
+
+def test_arrays_without_items_at_the_end_of_a_slab() -> None:
+    kept = [arrays.zeros(0) for _ in range(2 * _slabs.SLAB_SIZE // _slabs.ALIGNMENT)]
+    assert all(arrays.is_shared(a) for a in kept)
 
 
 def test_ten_thousand_small_arrays_under_a_limit_of_256_descriptors(run_python: Any) -> None:
@@ -554,6 +647,36 @@ def test_out_of_descriptors(run_python: Any) -> None:
         "with no_descriptors_left():\n"
         "    arrays.zeros(10)\n"  # there is room in the slab
     )
+
+
+def test_a_signal_handler_makes_arrays_of_its_own() -> None:
+    # Between any two instructions of the function that looks for a place. Not the first: nothing is taken yet.
+    names = itertools.count(1)
+    kept: list[tuple[int, Array]] = []
+
+    def make() -> None:
+        name = next(names)
+        kept.append((name, arrays.full(8, name)))
+
+    def interrupt(frame: FrameType, event: str, argument: object) -> Any:
+        if frame.f_code is not Slabs.allocate.__code__:
+            return interrupt if event == "call" else None
+        frame.f_trace_opcodes = True
+        if event == "opcode":
+            sys.settrace(None)
+            make()
+            sys.settrace(interrupt)
+        return interrupt
+
+    tracer = sys.gettrace()
+    sys.settrace(interrupt)
+    try:
+        make()
+        make()
+    finally:
+        sys.settrace(tracer)
+    assert len(kept) > 20
+    assert all((a == name).all() for name, a in kept)
 
 
 # --- frozen ---------------------------------------------------------------------------------------
@@ -615,6 +738,7 @@ def test_a_frozen_view_sees_what_is_written_through_the_array() -> None:
     a[0, 0] = 5
     assert view[0, 0] == received[0, 0] == 5
     assert not far_echo(a).flags.writeable
+    assert not echo(a).flags.writeable  # also where a mapping can be written to
     small = arrays.ones(10)
     copy = arrays.frozen(small)
     small[0] = 5
@@ -622,9 +746,50 @@ def test_a_frozen_view_sees_what_is_written_through_the_array() -> None:
     assert far_echo(small).flags.writeable  # other small arrays are not sealed with it
 
 
+def test_an_array_that_is_sealed_while_it_is_received(monkeypatch: pytest.MonkeyPatch) -> None:
+    a = arrays.ones((300, 300))
+    data = dumps(a)
+    with arrays.memory_of(a) as memory:
+        memory.seal(Seal.FUTURE_WRITE)
+    _mappings._whole.clear()
+    monkeypatch.setattr(Memory, "readonly", False)  # as it was when the receiver looked
+    found = pickle.loads(data)
+    assert (found == 1).all()
+    assert not found.flags.writeable
+
+
+def test_frozen_memory_of_others_cannot_shrink() -> None:
+    descriptor = os.memfd_create("theirs", os.MFD_ALLOW_SEALING)
+    os.ftruncate(descriptor, 80)
+    fcntl.fcntl(descriptor, platform.F_ADD_SEALS, int(Seal.GROW))
+    view = arrays.frozen(Memory.from_fd(descriptor).map().ndarray(10))
+    with pytest.raises(PermissionError):  # that would write zeros
+        os.ftruncate(arrays.memory_of(view).fileno(), 0)
+
+
+def test_frozen_is_not_content_with_a_descriptor_opened_read_only() -> None:
+    memory = Memory(80)
+    readonly = Memory.from_fd(os.open(f"/proc/self/fd/{memory.fileno()}", os.O_RDONLY))  # a receiver can undo that
+    with pytest.raises(PermissionError, match="cannot add"):
+        arrays.frozen(readonly.map().ndarray(10))
+    arrays.frozen(memory.map().ndarray(10))
+    assert arrays.frozen(readonly.map().ndarray(10)).tolist() == [0] * 10
+
+
+def test_frozen_seals_no_other_memory() -> None:
+    # The kernel puts mappings side by side: behind the end of one begins another.
+    buffers = [SharedBuffer(mmap.PAGESIZE) for _ in range(30)]
+    ends = [buffer.ndarray(0, offset=mmap.PAGESIZE) for buffer in buffers]
+    starts = {address(buffer.ndarray(1)) for buffer in buffers}
+    assert any(address(end) in starts for end in ends)
+    for end in ends:
+        assert arrays.frozen(end).shape == (0,)
+    assert not any(buffer.memory.readonly for buffer in buffers)
+
+
 @pytest.mark.parametrize("backend", ["posix", "file"], indirect=True)
 def test_frozen_needs_seals(backend: str) -> None:
-    with pytest.raises(OSError, match=r"cannot add <Seal\.FUTURE_WRITE: 16> to memory 'array': Operation not"):
+    with pytest.raises(OSError, match=r"cannot add <Seal\..*> to memory 'array': Operation not"):
         arrays.frozen(np.ones(3))
 
 
@@ -637,9 +802,10 @@ def test_a_lost_array_says_so_when_it_is_used() -> None:
     pickle.loads(data)
     lost = pickle.loads(data)  # what a sender gives out once
     assert repr(lost) == "<LostArray>"
+    assert (lost.shape, lost.dtype, lost.ndim) == ((100_000,), np.dtype(float), 1)
     actions: list[Callable[[], Any]] = [
         lambda: lost[0],
-        lambda: lost.shape,
+        lambda: lost.T,
         lambda: lost.sum(),
         lambda: len(lost),
         lambda: list(lost),
@@ -652,6 +818,11 @@ def test_a_lost_array_says_so_when_it_is_used() -> None:
         lambda: bool(lost),
         lambda: lost.__setitem__(0, 1),
         lambda: dumps(lost),
+        lambda: copy.copy(lost),
+        lambda: setattr(lost, "shape", (3,)),
+        lambda: divmod(lost, 2),
+        lambda: arrays.memory_of(lost),
+        lambda: arrays.frozen(lost),
     ]
     for action in actions:
         with pytest.raises(HandleLostError, match="the array cannot be had"):
@@ -706,6 +877,24 @@ def test_without_numpy_it_says_what_to_install(run_python: Any) -> None:
         "    except ImportError as error: assert 'mpmemory[numpy]' in str(error), error\n"
         "    else: raise AssertionError\n"
     )
+
+
+def test_arrays_that_live_until_the_interpreter_ends(run_python: Any) -> None:
+    done = run_python(
+        "import builtins, sys\n"
+        "import numpy\n"
+        "from mpmemory import arrays\n"
+        "from mpmemory.connection import Pipe\n"
+        "class Late:\n"
+        "    def __init__(self): self.itself, self.array = self, arrays.ones(100_000)\n"
+        "    def __del__(self): self.array[0] = 2; self.others = arrays.zeros(3), arrays.zeros(100_000)\n"
+        "sys.late, builtins.late, numpy.late = Late(), Late(), arrays.ones(3)\n"
+        "left, right = Pipe()\n"
+        "left.send(sys.late.array)\n"
+        "sys.received = right.recv()\n"
+        "left.send(arrays.zeros(3))\n"  # never received
+    )
+    assert done.stderr == ""
 
 
 def test_its_one_effect(run_python: Any) -> None:
