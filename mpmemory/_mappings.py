@@ -116,8 +116,8 @@ _lock = threading.RLock()
 _whole: weakref.WeakValueDictionary[Key, Mapping] = weakref.WeakValueDictionary()
 _warm: dict[Key, tuple[Mapping, float]] = {}  # with the last use, on the monotonic clock; in the order of use
 
-#: What is kept warm has so many bytes in all, at most, or is one mapping.
-WARM_MAX = 256 << 20
+#: What is kept warm has so many bytes in all, at most, or is one mapping: perhaps nobody else has it any more.
+WARM_MAX = platform.physical_memory() // 8
 
 
 def map_whole(memory: Memory, *, write: bool = True, keep_warm: bool = False) -> Mapping:

@@ -17,26 +17,18 @@ meet. After fork, parent and child share the arrays there are.
 
 from __future__ import annotations
 
-import math
-import operator
-import pickle
-from collections.abc import Iterable
-from multiprocessing.reduction import ForkingPickler
-from typing import Any, Literal, NoReturn, SupportsIndex
+from typing import Any, Literal, TypeVar, overload
 
-try:
-    import numpy as np
-except ImportError as error:
-    raise ImportError("arrays in shared memory need NumPy: pip install 'mpmemory[numpy]'") from error
+from ._references import Order, Shape, bytes_of, check_array, check_dtype, layout, place_of
 
+# isort: split
+# After that, which says what to install.
+import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
 
 from . import _mappings
-from ._fds import LostFd
-from ._mappings import Mapping
 from ._slabs import slabs
-from .memory import Memory, Seal, check_range
-from .reduction import in_message
+from .memory import Memory, Seal
 
 __all__ = [
     "array",
@@ -51,14 +43,21 @@ __all__ = [
     "zeros_like",
 ]
 
-Shape = SupportsIndex | Iterable[SupportsIndex]
-Order = Literal["C", "F"]
 LikeOrder = Literal["C", "F", "A", "K"]
+
+S = TypeVar("S", bound=np.generic)
+DTypeOf = type[S] | np.dtype[S]
 
 
 # --- making them ----------------------------------------------------------------------------------
 
 
+@overload
+def zeros(shape: Shape, dtype: type[float] = float, order: Order = "C") -> NDArray[np.float64]: ...
+@overload
+def zeros(shape: Shape, dtype: DTypeOf[S], order: Order = "C") -> NDArray[S]: ...
+@overload
+def zeros(shape: Shape, dtype: DTypeLike, order: Order = "C") -> NDArray[Any]: ...
 def zeros(shape: Shape, dtype: DTypeLike = float, order: Order = "C") -> NDArray[Any]:
     """Return a new array of zeros in shared memory.
 
@@ -73,21 +72,37 @@ def zeros(shape: Shape, dtype: DTypeLike = float, order: Order = "C") -> NDArray
         OSError: no descriptor is left (EMFILE), so much cannot be mapped (EFBIG, ENOMEM), or, where the backend is
             not memfd, there is no memory (ENOSPC).
     """
-    dimensions, kind, nbytes = _layout(shape, dtype, order)
+    dimensions, kind, nbytes = layout(shape, dtype, order)
     mapping, offset = slabs.allocate(nbytes)
-    return np.ndarray(dimensions, kind, _bytes_of(mapping), offset, order=order)
+    return np.ndarray(dimensions, kind, bytes_of(mapping), offset, order=order)
 
 
+@overload
+def empty(shape: Shape, dtype: type[float] = float, order: Order = "C") -> NDArray[np.float64]: ...
+@overload
+def empty(shape: Shape, dtype: DTypeOf[S], order: Order = "C") -> NDArray[S]: ...
+@overload
+def empty(shape: Shape, dtype: DTypeLike, order: Order = "C") -> NDArray[Any]: ...
 def empty(shape: Shape, dtype: DTypeLike = float, order: Order = "C") -> NDArray[Any]:
     """Return a new array in shared memory: fresh memory is zeros, so this is `zeros`."""
     return zeros(shape, dtype, order)
 
 
+@overload
+def ones(shape: Shape, dtype: type[float] = float, order: Order = "C") -> NDArray[np.float64]: ...
+@overload
+def ones(shape: Shape, dtype: DTypeOf[S], order: Order = "C") -> NDArray[S]: ...
+@overload
+def ones(shape: Shape, dtype: DTypeLike, order: Order = "C") -> NDArray[Any]: ...
 def ones(shape: Shape, dtype: DTypeLike = float, order: Order = "C") -> NDArray[Any]:
     """Return a new array of ones in shared memory. Arguments and errors are those of `zeros`."""
     return full(shape, 1, dtype, order)
 
 
+@overload
+def full(shape: Shape, fill_value: ArrayLike, dtype: DTypeOf[S], order: Order = "C") -> NDArray[S]: ...
+@overload
+def full(shape: Shape, fill_value: ArrayLike, dtype: DTypeLike | None = None, order: Order = "C") -> NDArray[Any]: ...
 def full(shape: Shape, fill_value: ArrayLike, dtype: DTypeLike | None = None, order: Order = "C") -> NDArray[Any]:
     """Return a new array in shared memory that is full of `fill_value`: a number, or an array to be broadcast.
 
@@ -101,6 +116,18 @@ def full(shape: Shape, fill_value: ArrayLike, dtype: DTypeLike | None = None, or
     return result
 
 
+@overload
+def zeros_like(
+    prototype: NDArray[S], dtype: None = None, order: LikeOrder = "K", shape: Shape | None = None
+) -> NDArray[S]: ...
+@overload
+def zeros_like(
+    prototype: ArrayLike, dtype: DTypeOf[S], order: LikeOrder = "K", shape: Shape | None = None
+) -> NDArray[S]: ...
+@overload
+def zeros_like(
+    prototype: ArrayLike, dtype: DTypeLike | None = None, order: LikeOrder = "K", shape: Shape | None = None
+) -> NDArray[Any]: ...
 def zeros_like(
     prototype: ArrayLike, dtype: DTypeLike | None = None, order: LikeOrder = "K", shape: Shape | None = None
 ) -> NDArray[Any]:
@@ -115,13 +142,25 @@ def zeros_like(
     Raises as `zeros`.
     """
     source = np.asarray(prototype)
-    _check(np.dtype(source.dtype if dtype is None else dtype))
+    check_dtype(np.dtype(source.dtype if dtype is None else dtype))
     # Never touched, so that it takes no memory. NumPy alone knows what its orders mean.
     template: NDArray[Any] = np.empty_like(source, dtype, order, False, shape)  # type: ignore[arg-type, misc]
     mapping, offset = slabs.allocate(template.nbytes)
-    return np.ndarray(template.shape, template.dtype, _bytes_of(mapping), offset, template.strides)
+    return np.ndarray(template.shape, template.dtype, bytes_of(mapping), offset, template.strides)
 
 
+@overload
+def empty_like(
+    prototype: NDArray[S], dtype: None = None, order: LikeOrder = "K", shape: Shape | None = None
+) -> NDArray[S]: ...
+@overload
+def empty_like(
+    prototype: ArrayLike, dtype: DTypeOf[S], order: LikeOrder = "K", shape: Shape | None = None
+) -> NDArray[S]: ...
+@overload
+def empty_like(
+    prototype: ArrayLike, dtype: DTypeLike | None = None, order: LikeOrder = "K", shape: Shape | None = None
+) -> NDArray[Any]: ...
 def empty_like(
     prototype: ArrayLike, dtype: DTypeLike | None = None, order: LikeOrder = "K", shape: Shape | None = None
 ) -> NDArray[Any]:
@@ -129,6 +168,12 @@ def empty_like(
     return zeros_like(prototype, dtype, order, shape)
 
 
+@overload
+def array(object: NDArray[S], dtype: None = None, *, order: LikeOrder = "K") -> NDArray[S]: ...
+@overload
+def array(object: ArrayLike, dtype: DTypeOf[S], *, order: LikeOrder = "K") -> NDArray[S]: ...
+@overload
+def array(object: ArrayLike, dtype: DTypeLike | None = None, *, order: LikeOrder = "K") -> NDArray[Any]: ...
 def array(object: ArrayLike, dtype: DTypeLike | None = None, *, order: LikeOrder = "K") -> NDArray[Any]:
     """Return a copy of `object`, an array or what becomes one, in shared memory.
 
@@ -140,7 +185,7 @@ def array(object: ArrayLike, dtype: DTypeLike | None = None, *, order: LikeOrder
     return result
 
 
-def frozen(a: NDArray[Any]) -> NDArray[Any]:
+def frozen(a: NDArray[S]) -> NDArray[S]:
     """Return a view of `a` that cannot be written to: not here, and by no process that it is sent to.
 
     The kernel sees to that, by a seal on the memory (F_SEAL_FUTURE_WRITE, Linux 5.1): no process can map it for
@@ -155,14 +200,14 @@ def frozen(a: NDArray[Any]) -> NDArray[Any]:
         OSError: the memory cannot be sealed, since it is no memfd (ENOTSUP) or was opened read-only (EACCES);
             otherwise as `zeros`.
     """
-    _check(_check_array(a).dtype)
+    check_dtype(check_array(a).dtype)
     # An array without items may have the address of other memory, which is not to be sealed.
-    place = _place_of(a) if a.size else None
+    place = place_of(a) if a.size else None
     if place is None or slabs.is_slab(place[0]):
         template = np.empty_like(a, subok=False)
         mapping, offset = slabs.allocate_own(a.nbytes), 0
         strides = template.strides
-        np.copyto(np.ndarray(a.shape, a.dtype, _bytes_of(mapping), offset, strides), a)
+        np.copyto(np.ndarray(a.shape, a.dtype, bytes_of(mapping), offset, strides), a)
     else:
         mapping, offset = place
         strides = a.strides
@@ -171,50 +216,7 @@ def frozen(a: NDArray[Any]) -> NDArray[Any]:
         # Who can shrink and grow it, could write zeros.
         memory.seal(Seal.FUTURE_WRITE | Seal.SHRINK)
     readonly = _mappings.map_whole(memory, write=False)
-    return np.ndarray(a.shape, a.dtype, _bytes_of(readonly), offset, strides)
-
-
-def on_view(view: memoryview, shape: Shape, dtype: DTypeLike, offset: SupportsIndex, order: Order) -> NDArray[Any]:
-    """Return an array on the bytes of `view` from `offset` on: what `SharedBuffer.ndarray` does."""
-    dimensions, kind, nbytes = _layout(shape, dtype, order)
-    start, _ = check_range(offset, nbytes, len(view))
-    return np.ndarray(dimensions, kind, np.frombuffer(view, np.uint8), start, order=order)
-
-
-def _layout(shape: Shape, dtype: DTypeLike, order: Order) -> tuple[tuple[int, ...], np.dtype[Any], int]:
-    """Return the dimensions, the dtype and how many bytes they take. Raises TypeError, ValueError."""
-    kind = _check(np.dtype(dtype))
-    if order not in ("C", "F"):
-        raise ValueError(f"order must be 'C' or 'F', found {order!r}")
-    lengths = shape if isinstance(shape, Iterable) else (shape,)
-    dimensions = tuple(operator.index(length) for length in lengths)
-    if min(dimensions, default=0) < 0:
-        raise ValueError(f"shape must not have negative numbers, found {shape!r}")
-    if kind.subdtype is not None:  # each item is an array itself: more dimensions
-        kind, inner = kind.subdtype
-        dimensions += inner
-    if not kind.itemsize:
-        kind = np.empty(0, kind).dtype  # NumPy makes strings of one character from those without a length
-    return dimensions, kind, math.prod(dimensions) * kind.itemsize
-
-
-def _check_array(a: Any) -> NDArray[Any]:
-    if isinstance(a, np.ndarray):
-        return a
-    if isinstance(a, LostArray):
-        _fail(a)
-    raise TypeError(f"expected a numpy.ndarray, found {type(a).__name__}")
-
-
-def _check(kind: np.dtype[Any]) -> np.dtype[Any]:
-    if kind.hasobject:
-        raise TypeError(f"an array in shared memory cannot hold Python objects, found dtype {kind!r}")
-    return kind
-
-
-def _bytes_of(mapping: Mapping) -> NDArray[np.uint8]:
-    # Not np.ndarray(buffer=mapping), which does not hold the mapping and dangles when it is closed.
-    return np.frombuffer(mapping, np.uint8)
+    return np.ndarray(a.shape, a.dtype, bytes_of(readonly), offset, strides)
 
 
 # --- where they are -------------------------------------------------------------------------------
@@ -225,7 +227,7 @@ def is_shared(a: object) -> bool:
 
     An array of a subclass of numpy.ndarray, or without items, is sent as a copy all the same.
     """
-    return isinstance(a, np.ndarray) and _place_of(a) is not None
+    return isinstance(a, np.ndarray) and place_of(a) is not None
 
 
 def memory_of(a: NDArray[Any]) -> Memory:
@@ -233,86 +235,7 @@ def memory_of(a: NDArray[Any]) -> Memory:
 
     Raises ValueError if it is not in shared memory.
     """
-    place = _place_of(_check_array(a))
+    place = place_of(check_array(a))
     if place is None:
         raise ValueError(f"expected an array in shared memory, found {type(a).__name__} in private memory")
     return place[0].memory._share()
-
-
-def _place_of(a: NDArray[Any]) -> tuple[Mapping, int] | None:
-    """Return the mapping that the first item of `a` is in, and its offset in the memory; None if it is not shared."""
-    base: Any = a.base
-    while isinstance(base, np.ndarray):
-        base = base.base
-    # What begins with an array that has its own memory is private: nearly all are, and this is fast.
-    return None if base is None else _mappings.find(a.ctypes.data)
-
-
-# --- how they travel ------------------------------------------------------------------------------
-
-
-def _reduce(a: NDArray[Any]) -> Any:
-    place = _place_of(a)
-    # An array without items refers to nothing: its address may be that of other memory, behind the end of its own.
-    if place is None or a.size == 0 or a.dtype.hasobject:
-        # As NumPy pickles it, and by the protocol that is used: that of messages is 5, with buffers beside the pickle.
-        return a.__reduce_ex__(5 if in_message.outgoing is not None else pickle.DEFAULT_PROTOCOL)
-    mapping, offset = place
-    return _rebuild, (mapping.memory, offset, a.shape, a.strides, a.dtype, a.flags.writeable)
-
-
-ForkingPickler.register(np.ndarray, _reduce)
-
-
-def _rebuild(
-    memory: Memory,
-    offset: int,
-    shape: tuple[int, ...],
-    strides: tuple[int, ...],
-    dtype: np.dtype[Any],
-    writeable: bool,
-) -> Any:
-    """Return the array there, or what stands for one that cannot be had. Never raises an Exception."""
-    try:
-        # What is sealed arrives read-only, also where there is a mapping from before that could be written to.
-        mapping = _mappings.map_whole(memory, write=not memory.readonly, keep_warm=True)
-        result = np.ndarray(shape, dtype, _bytes_of(mapping), offset, strides)
-    except Exception as error:
-        return LostArray(LostFd.because(error, "the array cannot be had"), shape, dtype)
-    if not writeable:
-        result.flags.writeable = False
-    return result
-
-
-class LostArray:
-    """Stands where an array should be whose memory did not arrive: using it raises HandleLostError.
-
-    Unpickling never raises, since that would hang the Pool of the standard library. While pandas unpickles a frame
-    of numbers, it asks for shape, dtype and ndim, which are known.
-    """
-
-    def __init__(self, reason: LostFd, shape: tuple[int, ...], dtype: np.dtype[Any]) -> None:
-        # Not by setattr: to set an attribute is to use it, too.
-        vars(self).update(_reason=reason, shape=shape, dtype=dtype, ndim=len(shape))
-
-    def __repr__(self) -> str:
-        return "<LostArray>"
-
-    def __getattr__(self, name: str) -> NoReturn:
-        if name.startswith("_"):  # somebody wants to know what this is
-            raise AttributeError(name)
-        _fail(self)
-
-
-def _fail(lost: LostArray, *_: object, **__: object) -> NoReturn:
-    reason: LostFd = vars(lost)["_reason"]
-    reason.fileno()
-
-
-_OPERATIONS = (
-    "setattr array len iter contains bool int float index round getitem setitem delitem eq ne lt le gt ge "
-    "neg pos abs invert reduce add radd iadd sub rsub isub mul rmul imul matmul rmatmul truediv rtruediv itruediv "
-    "floordiv rfloordiv mod rmod divmod rdivmod pow rpow and rand or ror xor rxor lshift rlshift rshift rrshift"
-)
-for _name in _OPERATIONS.split():
-    setattr(LostArray, f"__{_name}__", _fail)

@@ -346,7 +346,7 @@ class SharedBuffer(Shareable):
             TypeError: the dtype holds Python objects, which mean nothing in another process.
             ValueError: the array would reach beyond the end; `shape` has a negative number; `order` is another.
         """
-        from .arrays import on_view  # imported late: NumPy is optional
+        from ._references import on_view  # imported late: NumPy is optional
 
         return on_view(self._open(), shape, dtype, offset, order)
 

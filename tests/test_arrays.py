@@ -28,7 +28,18 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as nps
 
 import mpmemory
-from mpmemory import HandleLostError, Memory, Seal, SharedBuffer, SharedMemory, _fds, _mappings, _slabs, arrays
+from mpmemory import (
+    HandleLostError,
+    Memory,
+    Seal,
+    SharedBuffer,
+    SharedMemory,
+    _fds,
+    _mappings,
+    _references,
+    _slabs,
+    arrays,
+)
 from mpmemory._backends import platform
 from mpmemory._reaper import reaper
 from mpmemory._slabs import Slabs, slabs
@@ -849,7 +860,7 @@ def test_an_array_whose_sender_was_killed_is_lost(method: str) -> None:
 
 
 def test_an_array_beyond_the_end_of_its_memory_is_lost() -> None:
-    lost = arrays._rebuild(Memory(100), 0, (13,), (8,), np.dtype("f8"), True)
+    lost = _references._rebuild(Memory(100), 0, (13,), (8,), np.dtype("f8"), True)
     with pytest.raises(HandleLostError, match="the array cannot be had"):
         lost[0]
 

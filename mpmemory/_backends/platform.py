@@ -112,6 +112,13 @@ def available_on_machine() -> int | None:
     return None
 
 
+def physical_memory() -> int:
+    """Return how many bytes of memory the machine has; 1 GB where the system does not tell."""
+    with contextlib.suppress(ValueError, OSError):
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return 1 << 30
+
+
 def available_in_cgroups() -> Iterator[int]:
     """Yield what is left of the limit of each memory cgroup that this process is in (cgroups(7))."""
     lines = _read("/proc/self/cgroup").splitlines()
