@@ -47,7 +47,7 @@ class RangeLock(Shareable):
     A forked child does not hold what its parent holds.
 
     Pickles through multiprocessing: the receiver has a lock on the same range, and does not hold it. Takes one
-    descriptor while it is held. Needs Linux, with /proc.
+    descriptor for each thread that holds it or waits for it. Needs Linux, with /proc.
     """
 
     __slots__ = ("_held", "_length", "_memory", "_offset", "_shared", "_to_lock", "_to_unlock")
@@ -272,7 +272,8 @@ class RobustLock(Shareable):
                 repair()
             change()
 
-    If the one who repairs dies, too, the next one is told again.
+    If the one who repairs dies, too, the next one is told again. An exception that leaves the block is no death:
+    the lock is released, and nobody is told.
     """
 
     __slots__ = ("_lock", "_owner_died", "_state")

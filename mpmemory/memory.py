@@ -81,7 +81,8 @@ class Memory(Shareable):
             size: in bytes, kept exactly. 0 is a handle that can `grow`.
             name: a label for people, as in /proc/PID/maps; never an address.
             reserve: allocate all of it now, so that a full machine is an error here, and nobody is killed for
-                it later. Where the backend is not memfd, that is always done. What `grow` adds is not reserved.
+                it later. Where the backend is not memfd, that is always done, by `grow` too; on memfd what
+                `grow` adds is not reserved.
 
         Raises:
             TypeError: `size` is not an int, or `name` not a str.
