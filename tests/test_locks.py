@@ -343,6 +343,53 @@ def test_a_forked_child_does_not_hold_what_its_parent_holds(make: Any) -> None:
     lock.release()
 
 
+def exit_code_of_fork(action: Any) -> int:
+    """Return the truth of what `action` returns in a forked child: 1, or 0; 2 if it raises."""
+    pid = os.fork()
+    if pid == 0:
+        try:
+            os._exit(bool(action()))
+        finally:
+            os._exit(2)
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+def test_a_forked_child_uses_no_spare_of_its_parent() -> None:
+    memory = Memory(100)
+    lock = memory.lock()
+    with lock:
+        pass
+    assert memory._open().spares
+    assert exit_code_of_fork(lock.acquire) == 1
+
+
+def test_a_forked_child_closes_no_number_that_is_somebody_elses() -> None:
+    """Another thread may have closed a description just now, and the number be in use again."""
+    memory = Memory(100)
+    with memory.lock() as lock:
+        description = lock._held[0]  # the other thread has it, too
+        number = description.fileno()
+        other = os.open(os.devnull, os.O_RDONLY)
+        os.dup2(other, number, inheritable=False)
+        os.close(other)
+        assert exit_code_of_fork(lambda: os.stat(number).st_rdev == os.stat(os.devnull).st_rdev) == 1
+        lock._held[0] = locks._open_description(memory._open())
+        assert description.fileno() == number
+
+
+def test_a_robust_lock_that_cannot_be_mapped_is_not_held(monkeypatch: pytest.MonkeyPatch) -> None:
+    lock = RobustLock()
+
+    def fail(memory: Memory) -> None:
+        raise OSError(12, "no room")
+
+    monkeypatch.setattr(Memory, "map", fail)
+    with pytest.raises(OSError, match="no room"):
+        lock.acquire()
+    monkeypatch.undo()
+    assert is_free(lock)
+
+
 FORKED = """
 import os, sys
 from mpmemory import Memory
