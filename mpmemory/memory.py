@@ -470,7 +470,7 @@ def _create(name: str) -> OwnedFd:
 
 
 def _grow(fd: OwnedFd | LostFd, size: int) -> None:
-    if platform.is_on_tmpfs(fd.fileno()):  # where all is allocated
+    if size < 2**63 and platform.is_on_tmpfs(fd.fileno()):  # where all is allocated
         _check_available(size - os.fstat(fd.fileno()).st_size)
     try:
         if size > 2**63 - 1:  # off_t; Python would say OverflowError

@@ -81,6 +81,15 @@ def test_a_range_must_be_within_the_memory() -> None:
     assert "shared offset=10 length=20" in repr(lock)
 
 
+def test_what_a_lock_is_travels(pipe: Any) -> None:
+    for lock in (Memory(100).lock(10, 20, shared=True), Memory(100).lock(5), Memory(100).map(50, 20).lock(3)):
+        pipe[0].send(lock)
+        again = pipe[1].recv()
+        assert (again.offset, again.length, again.shared) == (lock.offset, lock.length, lock.shared)
+        with lock, again.memory.lock(0, 1):
+            assert is_free(again) == lock.shared
+
+
 @pytest.mark.parametrize(
     ("first", "second", "apart"),
     [
