@@ -49,6 +49,12 @@ class OwnedFd:
         """Return a new, close-on-exec descriptor of the same file description. Raises OSError."""
         return OwnedFd(dup(self._number))
 
+    def close(self) -> None:
+        """Close it now, whoever else has this object; its number is -1 from then on."""
+        number, self._number = self._number, -1
+        if number >= 0:
+            os.close(number)
+
     # Bound early: at interpreter exit the module's globals may be gone.
     def __del__(self, _close: Callable[[int], None] = os.close) -> None:
         if (number := getattr(self, "_number", -1)) >= 0:  # a signal may come before it is set

@@ -47,12 +47,12 @@ class RangeLock(Shareable):
     A forked child does not hold what its parent holds.
 
     Pickles through multiprocessing: the receiver has a lock on the same range, and does not hold it. Takes one
-    descriptor while it is held. Needs Linux, with /proc.
+    descriptor for each thread that holds it or waits for it. Needs Linux, with /proc.
     """
 
-    __slots__ = ("_count", "_fd", "_length", "_memory", "_mutex", "_offset", "_shared", "_to_lock", "_to_unlock")
+    __slots__ = ("_held", "_length", "_memory", "_offset", "_shared", "_to_lock", "_to_unlock")
 
-    _fd: OwnedFd | None  # the description that has the lock; None if it is not held
+    _held: list[OwnedFd]  # the descriptions that have the lock: one at most if it is exclusive
 
     def __init__(
         self, memory: Memory, offset: SupportsIndex = 0, length: SupportsIndex | None = None, *, shared: bool = False
@@ -79,14 +79,8 @@ class RangeLock(Shareable):
         self._shared = shared
         self._to_lock = platform.flock(fcntl.F_RDLCK if shared else fcntl.F_WRLCK, offset, length)
         self._to_unlock = platform.flock(fcntl.F_UNLCK, offset, length)
-        self._start_anew()
+        self._held = []
         _locks.add(self)
-
-    def _start_anew(self) -> None:
-        """Be held by nobody: also in a forked child, whose parent goes on holding it."""
-        self._mutex = threading.Lock()  # an exclusive lock has it while it is held, a shared one while that changes
-        self._count = 0
-        self._fd = None
 
     @property
     def memory(self) -> Memory:
@@ -110,7 +104,7 @@ class RangeLock(Shareable):
 
     def __repr__(self) -> str:
         kind = "shared" if self._shared else "exclusive"
-        state = "held" if self._count else "not held"
+        state = "held" if self._held else "not held"
         return f"<RangeLock {kind} offset={self._offset} length={self.length} of {self._memory!r}, {state}>"
 
     def acquire(self, blocking: bool = True, timeout: float = -1) -> bool:
@@ -126,18 +120,6 @@ class RangeLock(Shareable):
             OSError: no descriptor is left (EMFILE); ENOTSUP where there are no such locks.
         """
         deadline = _deadline(blocking, timeout)
-        if not self._mutex.acquire(blocking, timeout):
-            return False
-        acquired = False
-        try:
-            acquired = self._count > 0 or self._lock(deadline)
-            self._count += acquired
-        finally:
-            if self._shared or not acquired:
-                self._mutex.release()
-        return acquired
-
-    def _lock(self, deadline: float | None) -> bool:
         owner = self._memory._open()
         fd = _open_description(owner)
         try:
@@ -148,9 +130,9 @@ class RangeLock(Shareable):
                 return False
         except BaseException:
             # A signal may come when the lock is held already, and whoever handles its exception has this frame.
-            platform.ofd_lock(fd.fileno(), self._to_unlock)
+            fd.close()
             raise
-        self._fd = fd
+        self._held += [fd]  # a call of append() could end in a signal, too
         return True
 
     def _try_until(self, deadline: float, fd: OwnedFd) -> bool:
@@ -170,27 +152,16 @@ class RangeLock(Shareable):
 
     def release(self) -> None:
         """Release the lock. Any thread may do that. Raises RuntimeError if it is not held."""
-        if not self._shared:
-            self._check_held()
-            self._count = 0
-            self._unlock()
-            self._mutex.release()
-            return
-        with self._mutex:
-            self._check_held()
-            self._count -= 1
-            if not self._count:
-                self._unlock()
-
-    def _check_held(self) -> None:
-        if not self._count:
-            raise RuntimeError("cannot release a lock that is not held")
-
-    def _unlock(self) -> None:
-        fd, self._fd = self._fd, None
-        if fd is not None:
+        try:
+            fd = self._held.pop()
+        except IndexError:
+            raise RuntimeError("cannot release a lock that is not held") from None
+        try:
             platform.ofd_lock(fd.fileno(), self._to_unlock)
-            _give_back(self._memory._open(), fd)
+        except BaseException:  # a signal, as above
+            fd.close()
+            raise
+        _give_back(self._memory._fd, fd)
 
     def __enter__(self) -> Self:
         self.acquire()
@@ -219,7 +190,7 @@ def _deadline(blocking: bool, timeout: float) -> float | None:
         return 0.0
     if timeout == -1:
         return None
-    if timeout < 0:
+    if not timeout >= 0:  # nan is not, either
         raise ValueError(f"timeout must not be negative, found {timeout}")
     return time.monotonic() + timeout
 
@@ -228,8 +199,12 @@ def _deadline(blocking: bool, timeout: float) -> float | None:
 
 _locks: weakref.WeakSet[RangeLock] = weakref.WeakSet()
 
-# Those that have spares: descriptions that no lock uses. Opening one costs more than locking.
-_owners: weakref.WeakSet[OwnedFd] = weakref.WeakSet()
+# All that are open, and st_dev and st_ino of their memory. A forked child closes its copies, which would keep locks
+# that its parent has, or comes to have.
+_descriptions: weakref.WeakKeyDictionary[OwnedFd, tuple[int, int]] = weakref.WeakKeyDictionary()
+
+# Nobody forks between the opening of a description and its coming into that set. Reentrant, for handlers of signals.
+_opening = threading.RLock()
 
 
 def _open_description(owner: OwnedFd | LostFd) -> OwnedFd:
@@ -237,34 +212,49 @@ def _open_description(owner: OwnedFd | LostFd) -> OwnedFd:
     if not platform.can_lease():
         raise OSError(errno.ENOTSUP, "locks on ranges of memory need Linux, with /proc")
     assert isinstance(owner, OwnedFd)
-    if owner.spares:
-        with contextlib.suppress(IndexError):  # another thread has taken the last one
-            return owner.spares.pop()
+    with contextlib.suppress(IndexError):  # another thread has taken the last one
+        while owner.spares:
+            spare = owner.spares.pop()
+            if spare.fileno() >= 0:  # not one that a fork, or a signal, has closed
+                return spare
     try:
-        return OwnedFd(platform.reopen(number))
+        with _opening:
+            fd = OwnedFd(platform.reopen(number))
+            _descriptions[fd] = _identity(fd)
     except OSError as error:
         raise failed("cannot open memory for a lock", error) from None
+    return fd
 
 
-def _give_back(owner: OwnedFd | LostFd, fd: OwnedFd) -> None:
-    assert isinstance(owner, OwnedFd)
+def _identity(fd: OwnedFd) -> tuple[int, int]:
+    status = os.fstat(fd.fileno())
+    return status.st_dev, status.st_ino
+
+
+def _give_back(owner: OwnedFd | LostFd | None, fd: OwnedFd) -> None:
+    if not isinstance(owner, OwnedFd):  # the lock's memory has been closed
+        return
     if owner.spares is None:
         owner.spares = []
-        _owners.add(owner)
     if len(owner.spares) < _MAX_SPARES:
         owner.spares.append(fd)
 
 
 def _start_anew() -> None:
-    """In a forked child: the descriptions are the parent's, whose locks would outlive it here."""
-    for owner in list(_owners):
-        owner.spares = None
-    _owners.clear()
+    """In a forked child: what is held is its parent's."""
+    # Closed, not dropped: a thread that was acquiring, and is not here any more, has a reference for ever.
+    for fd, identity in list(_descriptions.items()):
+        with contextlib.suppress(OSError):
+            # Another thread may have been about to close it: then the number is nobody's, or somebody else's.
+            if _identity(fd) == identity:
+                fd.close()
+    _descriptions.clear()
     for lock in list(_locks):
-        lock._start_anew()
+        lock._held = []
+    _opening.release()
 
 
-os.register_at_fork(after_in_child=_start_anew)
+os.register_at_fork(before=_opening.acquire, after_in_parent=_opening.release, after_in_child=_start_anew)
 
 
 # --- RobustLock -----------------------------------------------------------------------------------
@@ -282,7 +272,8 @@ class RobustLock(Shareable):
                 repair()
             change()
 
-    If the one who repairs dies, too, the next one is told again.
+    If the one who repairs dies, too, the next one is told again. An exception that leaves the block is no death:
+    the lock is released, and nobody is told.
     """
 
     __slots__ = ("_lock", "_owner_died", "_state")
@@ -308,7 +299,7 @@ class RobustLock(Shareable):
         return self._owner_died
 
     def __repr__(self) -> str:
-        return f"<RobustLock {'held' if self._lock._count else 'not held'}>"
+        return f"<RobustLock {'held' if self._lock._held else 'not held'}>"
 
     def acquire(self, blocking: bool = True, timeout: float = -1) -> bool:
         """Acquire the lock, and return whether that was possible. Arguments and errors are those of RangeLock."""
@@ -326,9 +317,9 @@ class RobustLock(Shareable):
 
     def release(self) -> None:
         """Release the lock. Any thread may do that. Raises RuntimeError if it is not held."""
-        self._lock._check_held()
-        assert self._state is not None
-        self._state[0] = 0
+        if self._lock._held:
+            assert self._state is not None
+            self._state[0] = 0
         self._lock.release()
 
     def __enter__(self) -> Self:

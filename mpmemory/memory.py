@@ -81,7 +81,8 @@ class Memory(Shareable):
             size: in bytes, kept exactly. 0 is a handle that can `grow`.
             name: a label for people, as in /proc/PID/maps; never an address.
             reserve: allocate all of it now, so that a full machine is an error here, and nobody is killed for
-                it later. Where the backend is not memfd, that is always done. What `grow` adds is not reserved.
+                it later. Where the backend is not memfd, that is always done, by `grow` too; on memfd what
+                `grow` adds is not reserved.
 
         Raises:
             TypeError: `size` is not an int, or `name` not a str.
@@ -469,6 +470,8 @@ def _create(name: str) -> OwnedFd:
 
 
 def _grow(fd: OwnedFd | LostFd, size: int) -> None:
+    if size < 2**63 and platform.is_on_tmpfs(fd.fileno()):  # where all is allocated
+        _check_available(size - os.fstat(fd.fileno()).st_size)
     try:
         if size > 2**63 - 1:  # off_t; Python would say OverflowError
             raise OSError(errno.EFBIG, "")

@@ -155,3 +155,71 @@ def test_more_than_the_cgroup_has_cannot_be_reserved(small_cgroup: list[str]) ->
     )
     assert done.stdout.startswith("12 [Errno 12] cannot reserve 104857600 bytes of memory, of which ")
     assert int(done.stdout.split("of which ")[1].split()[0]) < 64 << 20
+
+
+def test_memory_that_is_always_allocated_is_within_the_cgroup(small_cgroup: list[str]) -> None:
+    program = (
+        "import mpmemory\n"
+        "memory = mpmemory.Memory(10 << 20)\n"
+        "for action in (lambda: mpmemory.Memory(100 << 20), lambda: memory.grow(100 << 20)):\n"
+        "    try: action()\n"
+        "    except OSError as error: print(error.errno, memory.size)\n"
+    )
+    done = subprocess.run(
+        [*small_cgroup, sys.executable, "-c", program],
+        text=True,
+        capture_output=True,
+        check=True,
+        timeout=60,
+        env={**os.environ, "MPMEMORY_BACKEND": "posix"},
+    )
+    assert done.stdout == f"12 {10 << 20}\n" * 2
+
+
+V1, V2 = "9:memory:/box/inner\n1:cpu:/\n", "0::/box/inner\n"
+LIMIT, USAGE = "/sys/fs/cgroup/memory{}/memory.limit_in_bytes", "/sys/fs/cgroup/memory{}/memory.usage_in_bytes"
+STATISTICS = "cache 7\ninactive_file 20\ntotal_inactive_file 30\n"
+
+
+@pytest.mark.parametrize(
+    ("files", "expected"),
+    [
+        ({}, []),
+        ({"/proc/self/cgroup": V2}, []),  # no memory controller
+        ({"/proc/self/cgroup": V2, "/sys/fs/cgroup/box/memory.max": "max\n"}, []),
+        ({"/proc/self/cgroup": V2, "/sys/fs/cgroup/box/memory.max": "100\n"}, []),  # usage is not known
+        (
+            {
+                "/proc/self/cgroup": V2,
+                "/sys/fs/cgroup/box/inner/memory.max": "max\n",
+                "/sys/fs/cgroup/box/inner/memory.current": "60\n",
+                "/sys/fs/cgroup/box/memory.max": "100\n",
+                "/sys/fs/cgroup/box/memory.current": "70\n",
+                "/sys/fs/cgroup/box/memory.stat": STATISTICS,
+            },
+            [50],
+        ),
+        (  # in a container that has the path of the host, but its own root
+            {
+                "/proc/self/cgroup": V2,
+                "/sys/fs/cgroup/memory.max": "100\n",
+                "/sys/fs/cgroup/memory.current": "170\n",
+            },
+            [0],
+        ),
+        (
+            {
+                "/proc/self/cgroup": V1,
+                LIMIT.format("/box/inner"): "100\n",
+                USAGE.format("/box/inner"): "70\n",
+                "/sys/fs/cgroup/memory/box/inner/memory.stat": STATISTICS,
+                LIMIT.format("/box"): "90\n",
+                USAGE.format("/box"): "80\n",
+            },
+            [60, 10],
+        ),
+    ],
+)
+def test_what_is_left_in_cgroups(files: dict[str, str], expected: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(platform, "_read", lambda path: files.get(path, ""))
+    assert list(platform._available_in_cgroups()) == expected

@@ -54,8 +54,8 @@ def test_it_behaves_as_a_threading_lock(make: Any) -> None:
             each.release()
         with each:
             assert each.acquire(False) is False
-        for arguments in ((False, 1), (True, -2)):
-            with pytest.raises(ValueError, match="timeout"):
+        for arguments in ((False, 1), (True, -2), (True, float("nan"))):
+            with pytest.raises(ValueError, match=r"timeout|NaN"):
                 each.acquire(*arguments)
         assert each.acquire(timeout=5) is True
         thread = threading.Thread(target=each.release)  # any thread may
@@ -79,6 +79,15 @@ def test_a_range_must_be_within_the_memory() -> None:
     assert (lock.offset, lock.length, lock.shared, lock.memory.identity) == (10, 20, True, memory.identity)
     assert memory.lock().length is None
     assert "shared offset=10 length=20" in repr(lock)
+
+
+def test_what_a_lock_is_travels(pipe: Any) -> None:
+    for lock in (Memory(100).lock(10, 20, shared=True), Memory(100).lock(5), Memory(100).map(50, 20).lock(3)):
+        pipe[0].send(lock)
+        again = pipe[1].recv()
+        assert (again.offset, again.length, again.shared) == (lock.offset, lock.length, lock.shared)
+        with lock, again.memory.lock(0, 1):
+            assert is_free(again) == lock.shared
 
 
 @pytest.mark.parametrize(
@@ -343,6 +352,53 @@ def test_a_forked_child_does_not_hold_what_its_parent_holds(make: Any) -> None:
     lock.release()
 
 
+def exit_code_of_fork(action: Any) -> int:
+    """Return the truth of what `action` returns in a forked child: 1, or 0; 2 if it raises."""
+    pid = os.fork()
+    if pid == 0:
+        try:
+            os._exit(bool(action()))
+        finally:
+            os._exit(2)
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+def test_a_forked_child_uses_no_spare_of_its_parent() -> None:
+    memory = Memory(100)
+    lock = memory.lock()
+    with lock:
+        pass
+    assert memory._open().spares
+    assert exit_code_of_fork(lock.acquire) == 1
+
+
+def test_a_forked_child_closes_no_number_that_is_somebody_elses() -> None:
+    """Another thread may have closed a description just now, and the number be in use again."""
+    memory = Memory(100)
+    with memory.lock() as lock:
+        description = lock._held[0]  # the other thread has it, too
+        number = description.fileno()
+        other = os.open(os.devnull, os.O_RDONLY)
+        os.dup2(other, number, inheritable=False)
+        os.close(other)
+        assert exit_code_of_fork(lambda: os.stat(number).st_rdev == os.stat(os.devnull).st_rdev) == 1
+        lock._held[0] = locks._open_description(memory._open())
+        assert description.fileno() == number
+
+
+def test_a_robust_lock_that_cannot_be_mapped_is_not_held(monkeypatch: pytest.MonkeyPatch) -> None:
+    lock = RobustLock()
+
+    def fail(memory: Memory) -> None:
+        raise OSError(12, "no room")
+
+    monkeypatch.setattr(Memory, "map", fail)
+    with pytest.raises(OSError, match="no room"):
+        lock.acquire()
+    monkeypatch.undo()
+    assert is_free(lock)
+
+
 FORKED = """
 import os, sys
 from mpmemory import Memory
@@ -372,22 +428,78 @@ def test_a_lock_does_not_live_on_in_a_forked_child() -> None:
         assert memory.lock().acquire(timeout=30)
 
 
+FORKED_WHILE_WAITING = """
+import os, sys, threading
+from pathlib import Path
+from mpmemory import Memory
+memory = Memory.from_fd(int(sys.argv[1]))
+lock = memory.lock()
+def work():
+    print(threading.get_native_id(), flush=True)
+    lock.acquire()
+    print("acquired", flush=True)
+threading.Thread(target=work, daemon=True).start()
+sys.stdin.readline()
+if os.fork() == 0:
+    assert not lock.acquire(timeout=0.01)
+    print("forked", flush=True)
+    sys.stdin.read()
+    os._exit(0)
+threading.Event().wait()
+"""
+
+
 def test_a_fork_while_another_thread_acquires() -> None:
+    """The child has not got the thread, but could have the description that it waits with."""
     memory = Memory(100)
     lock = memory.lock()
-    with memory.lock() as holder:
-        thread = threading.Thread(target=lock.acquire)
-        thread.start()
-        while lock._mutex.acquire(blocking=False):  # until the thread waits
-            lock._mutex.release()
+    lock.acquire()
+    program = subprocess.Popen(
+        [sys.executable, "-c", FORKED_WHILE_WAITING, str(memory.fileno())],
+        pass_fds=[memory.fileno()],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    with program:
+        assert program.stdout
+        assert program.stdin
+        thread = int(program.stdout.readline())
+        while not is_waiting(program.pid, thread):
             os.sched_yield()
-        pid = os.fork()
-        if pid == 0:
-            os._exit(0 if not lock.acquire(timeout=0.01) else 1)
-        assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
-        assert holder
-    thread.join()
-    lock.release()
+        print("fork", file=program.stdin, flush=True)
+        assert program.stdout.readline() == "forked\n"
+        lock.release()
+        assert program.stdout.readline() == "acquired\n"
+        program.kill()
+        program.wait()
+        assert lock.acquire(timeout=30)
+        lock.release()
+
+
+def test_a_child_forked_at_any_time_has_no_description_of_a_lock(run_python: Any) -> None:
+    run_python(
+        "import os, threading, warnings\n"
+        "from mpmemory import Memory, locks\n"
+        "warnings.simplefilter('ignore', DeprecationWarning)\n"  # 3.12: a fork with threads
+        "locks._MAX_SPARES = 0\n"  # each acquire opens one
+        "memory = Memory(10)\n"
+        "stop = threading.Event()\n"
+        "def work(index):\n"
+        "    while not stop.is_set():\n"
+        "        with memory.lock(index, 1): pass\n"
+        "def is_of_memory(number):\n"
+        "    try: return os.fstat(number).st_ino == memory.identity[1]\n"
+        "    except OSError: return False\n"
+        "threads = [threading.Thread(target=work, args=(index,), daemon=True) for index in range(3)]\n"
+        "for thread in threads: thread.start()\n"
+        "for _ in range(100):\n"
+        "    pid = os.fork()\n"
+        "    if pid == 0: os._exit(sum(map(is_of_memory, range(50))))\n"
+        "    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 1\n"
+        "stop.set()\n"
+        "for thread in threads: thread.join()\n"
+    )
 
 
 INTERRUPTED = """
@@ -407,9 +519,9 @@ assert lock.acquire(False)
 """
 
 
-def is_waiting(pid: int) -> bool:
-    """Return whether a process waits in the kernel: for the lock, since nothing else is there to wait for."""
-    return " S " in Path(f"/proc/{pid}/stat").read_text().partition(")")[2]
+def is_waiting(pid: int, thread: int | None = None) -> bool:
+    """Return whether a thread waits in the kernel: for the lock, since nothing else is there to wait for."""
+    return " S " in Path(f"/proc/{pid}/task/{thread or pid}/stat").read_text().partition(")")[2]
 
 
 @pytest.mark.parametrize("timeout", ["", "timeout=60"])
@@ -450,6 +562,90 @@ def test_an_interrupt_leaves_no_lock_behind(monkeypatch: pytest.MonkeyPatch) -> 
     assert error.traceback  # the frame is alive
     assert is_free(memory.lock())
     assert is_free(lock)
+
+
+class Interrupt(Exception):
+    pass
+
+
+def interrupt_at(number: int, action: Any) -> bool:
+    """Do `action`, and raise where the exception of a signal can come, there for the given time; return whether it was.
+
+    That is on entry to a function in Python, and after a call of one in C.
+    """
+    left = number
+
+    def profile(frame: Any, event: str, argument: Any) -> None:
+        nonlocal left
+        if event in ("call", "c_return") and "/mpmemory/" in frame.f_code.co_filename:
+            # Not where a number is all there is of a descriptor, which then stays open: os.open is no better.
+            left -= frame.f_code.co_name not in {"reopen", "__init__", "__del__"}
+            if left == 0:
+                sys.setprofile(None)
+                raise Interrupt
+
+    sys.setprofile(profile)
+    try:
+        action()
+    finally:
+        sys.setprofile(None)
+    return left <= 0
+
+
+@pytest.mark.parametrize("spares", [False, True])
+@pytest.mark.parametrize("make", [lambda: Memory(9).lock(), lambda: Memory(9).lock(shared=True), RobustLock])
+def test_an_interrupt_at_any_point_leaves_it_held_or_free(make: Any, spares: bool) -> None:
+    """Never in between, where nobody could acquire it nor release it."""
+    lock = make()
+    pair = Pipe()
+    with pair[0], pair[1]:
+        pair[0].send(lock)
+        other = pair[1].recv()
+    with lock:
+        pass
+
+    def use() -> None:
+        assert lock.acquire(timeout=10)
+        lock.release()
+
+    number, finished = 0, False
+    while not finished:
+        number += 1
+        if not spares:
+            (lock if isinstance(lock, RangeLock) else lock._lock)._memory._open().spares = None
+        try:
+            interrupt_at(number, use)
+            finished = True
+        except Interrupt:
+            if "not held" not in repr(lock):
+                lock.release()
+            assert is_free(lock)
+            assert is_free(other)
+    assert number > 10
+
+
+def test_a_thread_that_waits_for_ever_does_not_hinder_one_with_a_timeout() -> None:
+    memory = Memory(100)
+    for lock in (memory.lock(), memory.lock(shared=True)):
+        with memory.lock():
+            thread = threading.Thread(target=lock.acquire)
+            thread.start()
+            assert not lock.acquire(timeout=0.01)
+            assert not lock.acquire(False)
+        thread.join()
+        lock.release()
+        assert is_free(lock)
+
+
+def test_its_memory_can_be_closed_while_it_is_held() -> None:
+    memory = Memory(100)
+    lock = memory.lock()
+    lock.acquire()
+    lock.memory.close()
+    lock.release()
+    assert is_free(memory.lock())
+    with pytest.raises(ValueError, match="is closed"):
+        lock.acquire()
 
 
 def test_a_timeout_is_waited_for() -> None:
@@ -574,4 +770,4 @@ TestExclusion.settings = settings(max_examples=25, stateful_step_count=20, deadl
 def _collected() -> Iterator[None]:
     yield
     gc.collect()
-    assert not [lock for lock in locks._locks if lock._count]
+    assert not [lock for lock in locks._locks if lock._held]

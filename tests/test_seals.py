@@ -95,6 +95,18 @@ def test_memory_that_is_sealed_against_growing(backend: str) -> None:
     assert memory.size == 10
 
 
+def test_sealing_a_memfd_of_another_program() -> None:
+    memory = Memory.from_fd(os.memfd_create("other", os.MFD_ALLOW_SEALING))
+    assert not memory.seals
+    memory.seal(Seal.GROW)
+    with pytest.raises(SealedError, match="seal GROW is on it"):
+        memory.grow(10)
+    with pytest.raises(OSError, match="Operation not supported"):
+        memory.seal(Seal(1 << 20))  # one that the kernel does not know
+    with pytest.raises(OSError, match="Operation not supported"):
+        Memory.from_fd(os.memfd_create("other")).seal(Seal.GROW)
+
+
 def try_to_write(memory: Memory) -> dict[str, str]:
     """Return what comes of each way to write to memory that was received."""
     buffer = memory.map()

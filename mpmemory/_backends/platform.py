@@ -71,10 +71,19 @@ def seals(fd: int) -> int:
 
 def add_seals(fd: int, wanted: int) -> None:
     """Add seals (F_ADD_SEALS, fcntl(2)). Raises OSError, ENOTSUP where there can be none."""
-    # Files that are no memfd have at most this one, from birth on.
-    if seals(fd) in (0, F_SEAL_SEAL):
-        raise OSError(errno.ENOTSUP, "")
-    fcntl.fcntl(fd, F_ADD_SEALS, wanted)
+    try:
+        if sys.platform != "linux" or is_on_tmpfs(fd):
+            raise OSError(errno.EINVAL, "")
+        fcntl.fcntl(fd, F_ADD_SEALS, wanted)
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # EINVAL: not a memfd, or a kernel that does not know the seal
+            raise
+        raise OSError(errno.ENOTSUP, "") from None
+
+
+def is_on_tmpfs(fd: int) -> bool:
+    """Return whether the file of `fd` is on a tmpfs, and no memfd that can be sealed. False where that is not known."""
+    return seals(fd) == F_SEAL_SEAL
 
 
 def grow(fd: int, size: int) -> None:
