@@ -66,7 +66,7 @@ class _Pieces(list[Any]):
 
 
 def _dup(owner: socket.socket | connection.Connection) -> MessageFd:
-    return MessageFd(OwnedFd(dup(owner.fileno())))
+    return MessageFd.add(OwnedFd(dup(owner.fileno())))
 
 
 def _reduce_socket(sock: socket.socket) -> tuple[Any, ...]:

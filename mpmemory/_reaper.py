@@ -29,7 +29,7 @@ class Reaper:
 
     def watch(self, sweep: Callable[[], bool]) -> None:
         """Call `sweep` from now on. It gives up what it can, and returns whether anything is left to look after."""
-        if sys.is_finalizing():  # a thread would never come up, and all goes anyway
+        if sweep in self._sweeps or sys.is_finalizing():  # then a thread would never come up, and all goes anyway
             return
         with self._condition:
             self._sweeps.add(sweep)

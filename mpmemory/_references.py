@@ -97,7 +97,11 @@ def _reduce(a: NDArray[Any]) -> Any:
         # As NumPy pickles it, and by the protocol that is used: that of messages is 5, with buffers beside the pickle.
         return a.__reduce_ex__(5 if in_message.outgoing is not None else pickle.DEFAULT_PROTOCOL)
     mapping, offset = place
-    return _rebuild, (mapping.memory, offset, a.shape, a.strides, a.dtype, a.flags.writeable)
+    # As one character where that says all, which nearly always is so: a dtype takes longer.
+    dtype: np.dtype[Any] | str = a.dtype
+    if np.dtype(a.dtype.char) is a.dtype:
+        dtype = a.dtype.char
+    return _rebuild, (mapping.memory, offset, a.shape, a.strides, dtype, a.flags.writeable)
 
 
 ForkingPickler.register(np.ndarray, _reduce)
@@ -108,7 +112,7 @@ def _rebuild(
     offset: int,
     shape: tuple[int, ...],
     strides: tuple[int, ...],
-    dtype: np.dtype[Any],
+    dtype: np.dtype[Any] | str,
     writeable: bool,
 ) -> Any:
     """Return the array there, or what stands for one that cannot be had. Never raises an Exception."""
@@ -117,7 +121,7 @@ def _rebuild(
         mapping = _mappings.map_whole(memory, write=not memory.readonly, keep_warm=True)
         result = np.ndarray(shape, dtype, bytes_of(mapping), offset, strides)
     except Exception as error:
-        return LostArray(LostFd.because(error, "the array cannot be had"), shape, dtype)
+        return LostArray(LostFd.because(error, "the array cannot be had"), shape, np.dtype(dtype))
     if not writeable:
         result.flags.writeable = False
     return result

@@ -96,7 +96,7 @@ def share_fd(fd: OwnedFd | LostFd) -> SharedFd:
     if isinstance(fd, LostFd):
         fd.fileno()  # raises
     if in_message.outgoing is not None:
-        return MessageFd(fd)
+        return MessageFd.add(fd)
     popen: Any = context.get_spawning_popen()
     if popen is None or (popen.method == "forkserver" and len(popen._fds) >= FORKSERVER_FDS):
         return share_by_sharer(fd)
@@ -119,10 +119,18 @@ in_message = InMessage()
 class MessageFd:
     """A descriptor that travels inside the message which is being pickled; the same one only once."""
 
-    def __init__(self, fd: OwnedFd) -> None:
+    def __init__(self, index: int) -> None:
+        self._index = index
+
+    @classmethod
+    def add(cls, fd: OwnedFd) -> MessageFd:
+        """Have `fd` travel in the message that this thread is pickling."""
         outgoing = in_message.outgoing
         assert outgoing is not None
-        self._index = outgoing.setdefault(fd, len(outgoing))
+        return cls(outgoing.setdefault(fd, len(outgoing)))
+
+    def __reduce__(self) -> tuple[Any, ...]:  # half the time of what object does
+        return MessageFd, (self._index,)
 
     def claim(self) -> OwnedFd | LostFd:
         try:
