@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import gc
 import os
@@ -192,20 +191,26 @@ def test_a_storm_of_kills() -> None:
         pool.map(square, range(10))
         waiting = {x: pool.apply_async(square_array, (x,)) for x in range(5000)}
         done: dict[int, Any] = {}
-        kills = retries = 0
+        killed: set[int] = set()
+        retries = 0
         while waiting:
             # A kill for each 25 results: until all have been, while there are tasks.
-            if kills < 200 and len(done) >= kills * 24:
-                with contextlib.suppress(ProcessLookupError):  # dead already, and not replaced yet
-                    os.kill(choice.choice(pool._pool).pid, signal.SIGKILL)
-                    kills += 1
+            if len(killed) < 200 and len(done) >= len(killed) * 24:
+                # Not one that is still starting: a pool whose workers all end before they are ready breaks.
+                while (
+                    not (pids := [worker.pid for worker in pool._scheduler._workers if worker.ready])
+                    or (pid := choice.choice(pids)) in killed
+                ):
+                    os.sched_yield()
+                os.kill(pid, signal.SIGKILL)
+                killed.add(pid)
             x = next(iter(waiting))
             try:
                 done[x] = waiting.pop(x).get(PATIENCE)
             except WorkerLostError:
                 waiting[x] = pool.apply_async(square_array, (x,))
                 retries += 1
-        assert kills == 200
+        assert len(killed) == 200
         assert retries <= 200
         for x, (number, array) in done.items():
             assert number == x * x
