@@ -661,7 +661,7 @@ def test_out_of_descriptors(run_python: Any) -> None:
 
 
 def test_a_signal_handler_makes_arrays_of_its_own() -> None:
-    # Between any two instructions of the function that looks for a place. Not the first: nothing is taken yet.
+    # Between any two instructions of the function that looks for a place; lines, where Python 3.12 tells no more.
     names = itertools.count(1)
     kept: list[tuple[int, Array]] = []
 
@@ -673,7 +673,7 @@ def test_a_signal_handler_makes_arrays_of_its_own() -> None:
         if frame.f_code is not Slabs.allocate.__code__:
             return interrupt if event == "call" else None
         frame.f_trace_opcodes = True
-        if event == "opcode":
+        if event in ("line", "opcode"):
             sys.settrace(None)
             make()
             sys.settrace(interrupt)
@@ -686,7 +686,7 @@ def test_a_signal_handler_makes_arrays_of_its_own() -> None:
         make()
     finally:
         sys.settrace(tracer)
-    assert len(kept) > 20
+    assert len(kept) > 10
     assert all((a == name).all() for name, a in kept)
 
 
