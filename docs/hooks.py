@@ -15,7 +15,7 @@ ROOT = Path(__file__).parent.parent
 
 # Files of the repository, and what they are on the site.
 PAGES = {
-    "examples/README.md": "examples/index.md",
+    "examples/README.md": "examples.md",
     "benchmarks/README.md": "benchmarks.md",
     "CHANGELOG.md": "changelog.md",
     **{f"examples/{path.name}": f"examples/{path.stem}.md" for path in sorted((ROOT / "examples").glob("*.py"))},
