@@ -22,11 +22,11 @@ if TYPE_CHECKING:
     from numpy.typing import DTypeLike, NDArray
     from typing_extensions import Buffer  # collections.abc.Buffer, from 3.12 on
 
-#: The size of a page in bytes: what is mapped, and becomes resident, at a time.
 PAGE_SIZE: int = mmap.PAGESIZE
+"""The size of a page in bytes: what is mapped, and becomes resident, at a time."""
 
-#: The size of a cache line in bytes. What different processes write often should not share one.
 CACHE_LINE_SIZE: int = platform.cache_line_size()
+"""The size of a cache line in bytes. What different processes write often should not share one."""
 
 _FILL_CHUNK = 1 << 18  # fits the cache: filling then runs at the speed of writing
 

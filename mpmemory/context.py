@@ -75,12 +75,15 @@ class DefaultContext(MemoryContext, context.DefaultContext):
         """Nothing is kept here: the one default start method is multiprocessing's."""
 
     def get_context(self, method: str | None = None) -> Any:
+        """Return our context of this start method, or multiprocessing's own. Raises ValueError for an unknown one."""
         return _concrete(method or self.get_start_method())
 
     def get_start_method(self, allow_none: bool = False) -> Any:
+        """Return multiprocessing's start method; None if `allow_none`, and none is set yet."""
         return multiprocessing.get_start_method(allow_none)
 
     def set_start_method(self, method: str | None, force: bool = False) -> None:
+        """Set multiprocessing's start method. Raises RuntimeError if it is set already, unless `force`."""
         multiprocessing.set_start_method(method, force)
 
 
@@ -90,8 +93,8 @@ _contexts: dict[str, ForkContext | SpawnContext | ForkServerContext] = {
     "forkserver": ForkServerContext(),
 }
 
-#: The context whose methods are this package's functions.
 default_context = DefaultContext()
+"""The context whose methods are this package's functions."""
 
 
 def _concrete(method: str) -> ForkContext | SpawnContext | ForkServerContext:

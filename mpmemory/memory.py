@@ -35,18 +35,25 @@ _MAX_NAME = 200
 class HasFileno(Protocol):
     """A socket, or a Connection."""
 
-    def fileno(self) -> int: ...
+    def fileno(self) -> int:
+        """Return the file descriptor."""
 
 
 class Seal(enum.IntFlag):
     """What can no longer be done with a memory, by anybody (F_GET_SEALS, fcntl(2))."""
 
-    SEAL = 0x0001  #: no seal can be added
-    SHRINK = 0x0002  #: it cannot become smaller
-    GROW = 0x0004  #: it cannot become larger
-    WRITE = 0x0008  #: its contents cannot change
-    FUTURE_WRITE = 0x0010  #: no writable mapping can be made; those there are stay
-    EXEC = 0x0020  #: it cannot be made executable
+    SEAL = 0x0001
+    """No seal can be added."""
+    SHRINK = 0x0002
+    """It cannot become smaller."""
+    GROW = 0x0004
+    """It cannot become larger."""
+    WRITE = 0x0008
+    """Its contents cannot change."""
+    FUTURE_WRITE = 0x0010
+    """No writable mapping can be made; those there are stay."""
+    EXEC = 0x0020
+    """It cannot be made executable."""
 
 
 _WRITE = Seal.WRITE | Seal.FUTURE_WRITE

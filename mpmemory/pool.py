@@ -42,8 +42,8 @@ else:
         __class_getitem__ = classmethod(GenericAlias)
 
 
-#: By default an imap is ahead of who takes its results by so many tasks for each worker.
 BUFFER_PER_WORKER = 64
+"""By default an imap is ahead of who takes its results by so many tasks for each worker."""
 
 
 class Pool(pool.Pool):

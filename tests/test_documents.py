@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
+import shutil
+import socket
 import struct
 import subprocess
 import sys
@@ -15,11 +18,13 @@ import numpy as np
 import pytest
 from conftest import START_METHODS
 
+import mpmemory
+
 ROOT = Path(__file__).parent.parent
 EXAMPLES = sorted(path.name for path in (ROOT / "examples").glob("*.py"))
 DOCUMENTS = sorted(
     str(path.relative_to(ROOT))
-    for pattern in ("*.md", "docs/*.md", "examples/*.md", "benchmarks/*.md")
+    for pattern in ("*.md", "docs/**/*.md", "examples/*.md", "benchmarks/*.md")
     for path in ROOT.glob(pattern)
 )
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
@@ -29,27 +34,61 @@ def blocks(language: str, path: str = "README.md") -> list[str]:
     return [text for kind, text in BLOCK.findall((ROOT / path).read_text()) if kind == language]
 
 
+def programs(path: str) -> list[tuple[str, str]]:
+    """Return the Python programs of a document, each with what it prints: the block of output behind it, or nothing."""
+    found = [*BLOCK.findall((ROOT / path).read_text()), ("", "")]
+    pairs = list(itertools.pairwise(found))
+    assert all(kind == "python" for (kind, _), (after, _) in pairs if after == "output")
+    return [(text, output if after == "output" else "") for (kind, text), (after, output) in pairs if kind == "python"]
+
+
+PROGRAMS = [
+    pytest.param(*program, id=f"{path}-{number}")
+    for path in DOCUMENTS
+    for number, program in enumerate(programs(path), start=1)
+]
+
+
 @pytest.mark.parametrize("method", START_METHODS)
 def test_the_first_program_of_the_readme(method: str, run_python: Any) -> None:
     start = f"import multiprocessing\nif __name__ == '__main__': multiprocessing.set_start_method({method!r})\n"
     assert run_python(start + blocks("python")[0]).stdout == blocks("output")[0]
 
 
-def test_the_other_programs_of_the_readme(run_python: Any) -> None:
-    outputs = [run_python(program).stdout for program in blocks("python")[1:]]
-    assert [output for output in outputs if output] == blocks("output")[1:]
+@pytest.mark.parametrize(("program", "output"), PROGRAMS)
+def test_programs_of_the_docs(program: str, output: str, run_python: Any) -> None:
+    assert run_python(program).stdout == output
+
+
+@pytest.mark.skipif(shutil.which("cc") is None, reason="there is no C compiler")
+def test_c_programs_of_the_docs(tmp_path: Path) -> None:
+    """One turns letters in a memory into capitals, the other is a function: it gets a socket to receive from."""
+    reader, receive = blocks("c", "docs/howto/languages.md")
+    (tmp_path / "reader.c").write_text(reader)
+    (tmp_path / "receive.c").write_text(
+        f"{receive}\n#include <stdlib.h>\n#include <unistd.h>\nint main(int argc, char **argv)"
+        '{ return pwrite(receive_memory(atoi(argv[1])), "by C", 4, 0) != 4; }'
+    )
+    for name in ("reader", "receive"):
+        command = ["cc", "-Wall", "-Wextra", "-Wno-unused-parameter", "-Werror", f"{name}.c", "-o", name]
+        subprocess.run(command, cwd=tmp_path, check=True, timeout=60)
+
+    memory = mpmemory.Memory.from_bytes(b"capitals")
+    fd = memory.fileno()
+    subprocess.run([tmp_path / "reader", str(fd)], pass_fds=[fd], check=True, timeout=60)
+    assert memory.pread(8) == b"CAPITALS"
+
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        memory.send(ours)
+        subprocess.run([tmp_path / "receive", str(theirs.fileno())], pass_fds=[theirs.fileno()], check=True, timeout=60)
+    assert memory.pread(8) == b"by CTALS"
 
 
 def test_the_readme_has_two_commands() -> None:
     first, second = blocks("sh")
     assert "examples/word_count.py" in first
     assert "pytest" in second
-
-
-@pytest.mark.parametrize("path", ["docs/migrating.md", "docs/arrays.md", "docs/locks.md"])
-def test_programs_of_the_docs(path: str, run_python: Any) -> None:
-    for program, output in zip(blocks("python", path), blocks("output", path), strict=True):
-        assert run_python(program).stdout == output
 
 
 @pytest.mark.parametrize("name", DOCUMENTS)

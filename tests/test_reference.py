@@ -1,0 +1,107 @@
+"""The reference has every public name, and every public name has a docstring."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import multiprocessing
+import re
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+import mpmemory
+
+ROOT = Path(__file__).parent.parent
+REFERENCE = ROOT / "docs" / "reference"
+
+# What modules without an underscore have for other modules of the package.
+INTERNAL: dict[str, set[str]] = {
+    "buffer": set(),
+    "connection": set(),
+    "context": set(),
+    "errors": {"describe_exit", "failed"},
+    "locks": set(),
+    "memory": {"HasFileno", "check_range", "flat_view"},
+    "pool": set(),
+    "queues": {"Counter"},
+    "shared_memory": set(),
+    "arrays": set(),
+}
+INTERNAL_MODULES = {"reduction"}
+
+# Values that are public, which do not say where they were defined.
+VALUES = {
+    "buffer": {"CACHE_LINE_SIZE", "PAGE_SIZE"},
+    "context": {"default_context"},
+    "pool": {"BUFFER_PER_WORKER"},
+}
+
+
+def documented(page: Path) -> set[str]:
+    return set(re.findall(r"^::: (\S+)$", page.read_text(), re.MULTILINE))
+
+
+def public_names(name: str) -> set[str]:
+    module = importlib.import_module(f"mpmemory.{name}")
+    if hasattr(module, "__all__"):
+        return set(module.__all__)
+    own = {
+        key
+        for key, value in vars(module).items()
+        if not key.startswith("_")
+        and not isinstance(value, ModuleType)
+        and (inspect.isclass(value) or inspect.isfunction(value))
+        and value.__module__ == module.__name__
+    }
+    return own | VALUES.get(name, set())
+
+
+def test_there_is_a_page_for_each_public_module() -> None:
+    modules = {path.stem for path in (ROOT / "mpmemory").glob("[!_]*.py")}
+    assert modules - INTERNAL_MODULES == set(INTERNAL)
+    assert {page.stem for page in REFERENCE.glob("*.md")} == {*INTERNAL, "index", "command-line"}
+
+
+@pytest.mark.parametrize("module", INTERNAL)
+def test_the_reference_has_every_public_name(module: str) -> None:
+    expected = {f"mpmemory.{module}.{name}" for name in public_names(module) - INTERNAL[module]}
+    assert documented(REFERENCE / f"{module}.md") == expected
+
+
+def test_the_reference_has_every_name_of_the_package() -> None:
+    text = (REFERENCE / "index.md").read_text()
+    ours = set(mpmemory.__all__) - set(multiprocessing.__all__)
+    linked = dict(re.findall(r"\[`(\w+)`\]\[(mpmemory\.[\w.]+)\]", text))
+    assert set(linked) >= ours
+    pages: set[str] = set().union(*map(documented, REFERENCE.glob("*.md")))
+    assert set(linked.values()) <= pages
+    for name, target in linked.items():
+        module, _, attribute = target.rpartition(".")
+        assert getattr(importlib.import_module(module), attribute) is getattr(mpmemory, name), name
+    for name in ("Pool", "Pipe", "Queue", "SimpleQueue", "JoinableQueue"):
+        assert f"`{name}`" in text
+
+
+def without_docstring(path: str, value: Any) -> list[str]:
+    """Return what has no docstring of its own: the function or class, and the public members defined in it."""
+    missing = [] if value.__doc__ else [path]
+    if inspect.isclass(value):
+        for name, member in vars(value).items():
+            if name.startswith("_"):
+                continue
+            function = getattr(member, "__func__", member)  # under a classmethod
+            if (inspect.isfunction(function) or isinstance(member, property)) and not function.__doc__:
+                missing.append(f"{path}.{name}")
+    return missing
+
+
+@pytest.mark.parametrize("module", INTERNAL)
+def test_every_public_name_has_a_docstring(module: str) -> None:
+    functions = {
+        name: getattr(importlib.import_module(f"mpmemory.{module}"), name)
+        for name in public_names(module) - VALUES.get(module, set())
+    }
+    assert [each for name, value in functions.items() for each in without_docstring(name, value)] == []
