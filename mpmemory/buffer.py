@@ -73,7 +73,10 @@ class SharedBuffer(Shareable):
 
     @classmethod
     def from_bytes(cls, data: Buffer, *, name: str = "mpmemory") -> Self:
-        """Create and map memory that holds a copy of `data`, which must not be empty; see `Memory.from_bytes`."""
+        """Create and map memory that holds a copy of `data`, which must not be empty; `name` is a label for people.
+
+        Raises as `Memory.from_bytes`.
+        """
         return cls._of(Memory.from_bytes(data, name=name), None, 0, None)
 
     @classmethod
@@ -237,14 +240,17 @@ class SharedBuffer(Shareable):
     def get_string(
         self, offset: SupportsIndex = 0, length: SupportsIndex | None = None, encoding: str = "utf-8"
     ) -> str:
-        """Decode `length` bytes from `offset` on (to the end if None), NULs and all.
+        """Return `length` bytes from `offset` on (to the end if None), NULs and all, decoded by `encoding`.
 
         Raises ValueError beyond the end, UnicodeDecodeError (a ValueError) if the bytes are not such text.
         """
         return self.get_bytes(offset, length).decode(encoding)
 
     def set_string(self, text: str, offset: SupportsIndex = 0, encoding: str = "utf-8") -> int:
-        """Write `text`, encoded, at `offset`, without a NUL behind it. Return how many bytes that took."""
+        """Write `text` at `offset`, encoded by `encoding`, without a NUL behind it. Return how many bytes that took.
+
+        Raises ValueError beyond the end, UnicodeEncodeError (a ValueError) for what the encoding does not have.
+        """
         return self.set_bytes(text.encode(encoding), offset)
 
     def clear(self, value: SupportsIndex = 0) -> None:
@@ -261,7 +267,7 @@ class SharedBuffer(Shareable):
     # --- values ---
 
     def get_value(self, fmt: str, offset: SupportsIndex) -> Any:
-        """Return the value at `offset`, of the one that the `struct` format names (`"<q"`, `"d"`, `"8s"`).
+        """Return the value at `offset` (bytes), of the one that the `struct` format `fmt` names (`"<q"`, `"8s"`).
 
         Raises ValueError if the format is bad or is not of exactly one value, or beyond the end.
         """
@@ -271,18 +277,21 @@ class SharedBuffer(Shareable):
         return values[0]
 
     def set_value(self, fmt: str, offset: SupportsIndex, value: Any) -> None:
-        """Write one value at `offset` in the `struct` format. Raises as `set_values`."""
+        """Write one value at `offset` (bytes) in the `struct` format `fmt`. Raises as `set_values`."""
         self.set_values(fmt, offset, (value,))
 
     def get_values(self, fmt: str, offset: SupportsIndex) -> tuple[Any, ...]:
-        """Return the values at `offset`, in the `struct` format. Raises ValueError if it is bad, or beyond the end."""
+        """Return the values at `offset` (bytes), in the `struct` format `fmt`.
+
+        Raises ValueError if the format is bad, or beyond the end.
+        """
         layout = _struct(fmt)
         view = self._open()
         offset, _ = check_range(offset, layout.size, len(view))
         return layout.unpack_from(view, offset)
 
     def set_values(self, fmt: str, offset: SupportsIndex, values: Iterable[Any]) -> None:
-        """Write `values` at `offset`, in the `struct` format; all or none.
+        """Write `values` at `offset` (bytes), in the `struct` format `fmt`; all or none.
 
         Raises ValueError if the format is bad, does not fit the values, or reaches beyond the end.
         """
@@ -353,7 +362,9 @@ class SharedBuffer(Shareable):
     def lock(
         self, offset: SupportsIndex = 0, length: SupportsIndex | None = None, *, shared: bool = False
     ) -> RangeLock:
-        """Return a lock on `length` bytes from `offset` on, to the end of the buffer if None. It is not acquired yet.
+        """Return a lock on `length` bytes from `offset` on (to the end of the buffer if None), exclusive or `shared`.
+
+        It is not acquired yet.
 
         See `mpmemory.locks.RangeLock`. Raises ValueError if the range is empty or not within the buffer.
         """

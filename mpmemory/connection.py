@@ -41,7 +41,7 @@ class Connection(Shareable):
     _lost: LostFd | None
 
     def __init__(self, handle: SupportsIndex, readable: bool = True, writable: bool = True) -> None:
-        """Take over `handle`, a descriptor of a connected SEQPACKET socket.
+        """Take over `handle`, a descriptor of a connected SEQPACKET socket, to be `readable`, `writable` or both.
 
         Raises ValueError if it is none (it is left as it was), or if neither direction is wanted.
         """

@@ -116,7 +116,7 @@ class Memory(Shareable):
 
     @classmethod
     def from_bytes(cls, data: Buffer, *, name: str = "mpmemory") -> Self:
-        """Create memory that holds a copy of `data`, any object with the buffer protocol.
+        """Create memory that holds a copy of `data`, any object with the buffer protocol; `name` is a label for people.
 
         Raises TypeError for other objects, OSError (ENOSPC, ENOMEM) if there is not so much memory.
         """
@@ -369,7 +369,7 @@ class Memory(Shareable):
     def lock(
         self, offset: SupportsIndex = 0, length: SupportsIndex | None = None, *, shared: bool = False
     ) -> RangeLock:
-        """Return a lock on `length` bytes from `offset` on (to the end if None), which is not acquired yet.
+        """Return a lock on `length` bytes from `offset` on (to the end if None), exclusive or `shared`, to be acquired.
 
         See `mpmemory.locks.RangeLock` for arguments and errors.
         """

@@ -70,7 +70,7 @@ class Pool(pool.Pool):
         maxtasksperchild: int | None = None,
         context: Any = None,
     ) -> None:
-        """Start `processes` workers: as many as there are CPUs if None.
+        """Start `processes` workers, as many as there are CPUs if None, by `context` (the default one if None).
 
         Each calls `initializer(*initargs)` first, and is replaced after `maxtasksperchild` tasks if that
         is given. Raises ValueError or TypeError for other arguments, and what starting a process raises.

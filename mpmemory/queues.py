@@ -180,9 +180,9 @@ class Queue(Shareable):
         self._join_cancelled = False
 
     def put(self, obj: object, block: bool = True, timeout: float | None = None) -> None:
-        """Put an object into the queue.
+        """Put an object into the queue, and wait for a free place if `block`.
 
-        Raises `queue.Full` if there is no free place now, or within `timeout` seconds; what pickling raises;
+        Raises `queue.Full` if there is none now, or within `timeout` seconds (None is for ever); what pickling raises;
         ValueError if the queue was closed. Then nothing was put.
         """
         self._check_open()
@@ -257,11 +257,11 @@ class Queue(Shareable):
             )
 
     def get(self, block: bool = True, timeout: float | None = None) -> Any:
-        """Return an object, as soon as there is one.
+        """Return an object, and wait until there is one if `block`.
 
-        Raises `queue.Empty` if there is none now, or within `timeout` seconds; what unpickling raises, or OSError
-        (EMFILE) if no descriptor is left for what it carries (the object is gone then); ValueError if the queue
-        was closed; EOFError if nobody can put any more.
+        Raises `queue.Empty` if there is none now, or within `timeout` seconds (None is for ever); what unpickling
+        raises, or OSError (EMFILE) if no descriptor is left for what it carries (the object is gone then);
+        ValueError if the queue was closed; EOFError if nobody can put any more.
         """
         self._check_open()
         if block and timeout is None:

@@ -105,3 +105,42 @@ def test_every_public_name_has_a_docstring(module: str) -> None:
         for name in public_names(module) - VALUES.get(module, set())
     }
     assert [each for name, value in functions.items() for each in without_docstring(name, value)] == []
+
+
+# Members that are for other modules of the package.
+INTERNAL_MEMBERS = {
+    "Connection.send_message",
+    "Connection.send_datagram",
+    "Connection.receive_datagram",
+    "Results.__init__",
+}
+
+# What leads to the docstring that names the parameters.
+ELSEWHERE = re.compile(r"those of `|see `|As `|this is `|Arguments and errors are")
+
+
+def unnamed_parameters(path: str, value: Any) -> list[str]:
+    """Return the parameters of a function, or of a class and its public methods, that its docstring does not name."""
+    if inspect.isclass(value):
+        members = [
+            (f"{path}.{name}", getattr(member, "__func__", member))
+            for name, member in vars(value).items()
+            if name == "__init__" or not name.startswith("_")
+        ]
+        if ELSEWHERE.search(value.__doc__ or "") or "as `multiprocessing." in (value.__doc__ or ""):
+            members = [(name, member) for name, member in members if not name.endswith("__init__")]
+        return [each for name, member in members for each in unnamed_parameters(name, member)]
+    text = value.__doc__ or ""
+    if not inspect.isfunction(value) or ELSEWHERE.search(text) or path in INTERNAL_MEMBERS:
+        return []
+    words = set(re.findall(r"\w+", text)) | ({"obj"} if "object" in text else set())
+    return [f"{path}: {name}" for name in inspect.signature(value).parameters if name not in {"self", "cls", *words}]
+
+
+@pytest.mark.parametrize("module", [module for module in INTERNAL if module != "errors"])
+def test_docstrings_name_their_parameters(module: str) -> None:
+    functions = {
+        name: getattr(importlib.import_module(f"mpmemory.{module}"), name)
+        for name in public_names(module) - VALUES.get(module, set()) - INTERNAL[module]
+    }
+    assert [each for name, value in functions.items() for each in unnamed_parameters(name, value)] == []
