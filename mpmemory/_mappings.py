@@ -8,7 +8,6 @@ import os
 import threading
 import time
 import weakref
-from typing import NamedTuple
 
 from . import _reaper
 from ._backends import platform
@@ -70,10 +69,11 @@ _live: set[weakref.ref[Mapping]] = set()
 _state = object()  # another one after each new mapping
 
 
-class _Index(NamedTuple):
-    state: object
-    addresses: list[int]  # sorted
-    references: list[weakref.ref[Mapping]]
+class _Index:
+    def __init__(self, state: object, addresses: list[int], references: list[weakref.ref[Mapping]]) -> None:
+        self.state = state
+        self.addresses = addresses  # sorted
+        self.references = references
 
 
 _index = _Index(None, [], [])

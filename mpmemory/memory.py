@@ -31,6 +31,9 @@ T = TypeVar("T")
 # memfd_create(2) takes 249 bytes, of which the backend needs some for the process that makes it.
 _MAX_NAME = 200
 
+# Of a file, in bytes: off_t.
+_MAX_SIZE = 2**63 - 1
+
 
 class HasFileno(Protocol):
     """A socket, or a Connection."""
@@ -99,7 +102,7 @@ class Memory(Shareable):
         """
         size = _check_count(size, "size")
         self._name = _check_name(name)
-        if reserve:
+        if (reserve or _backends.chosen().name == "posix") and size <= _MAX_SIZE:  # where all is allocated, too
             _check_available(size)
         fd = _create(name)
         _grow(fd, size)
@@ -322,6 +325,8 @@ class Memory(Shareable):
         fd = self._open()
         if _is_open_readonly(fd.fileno()):
             raise PermissionError(errno.EACCES, f"cannot grow memory {self._name!r}: it is read-only")
+        if size <= _MAX_SIZE and platform.is_on_tmpfs(fd.fileno()):  # where all is allocated
+            _check_available(size - now)
         try:
             _grow(fd, size)
         except PermissionError as error:
@@ -477,10 +482,8 @@ def _create(name: str) -> OwnedFd:
 
 
 def _grow(fd: OwnedFd | LostFd, size: int) -> None:
-    if size < 2**63 and platform.is_on_tmpfs(fd.fileno()):  # where all is allocated
-        _check_available(size - os.fstat(fd.fileno()).st_size)
     try:
-        if size > 2**63 - 1:  # off_t; Python would say OverflowError
+        if size > _MAX_SIZE:  # Python would say OverflowError
             raise OSError(errno.EFBIG, "")
         platform.grow(fd.fileno(), size)
     except OSError as error:
@@ -490,7 +493,7 @@ def _grow(fd: OwnedFd | LostFd, size: int) -> None:
 def _check_available(size: int) -> None:
     # Not left to the kernel: it finds out when all is used up, and then the OOM killer chooses somebody.
     available = platform.available_memory()
-    if available is not None and size > available:
+    if available is not None and available < size:
         asked = f"cannot reserve {size} bytes of memory, of which {available} are available"
         raise failed(asked, OSError(errno.ENOMEM, ""))
 

@@ -16,7 +16,7 @@ import os
 import struct
 from collections.abc import Callable, Iterable, Iterator
 from multiprocessing import resource_tracker
-from typing import Any, Generic, NamedTuple, Self, SupportsIndex, TypeVar
+from typing import Any, Generic, Self, SupportsIndex, TypeVar
 
 from . import _names
 from ._backends import posix
@@ -239,22 +239,24 @@ _END = b"\x01"
 _WORD = 8
 
 
-class _Place(NamedTuple):
+class _Place:
     """Where in the block an item is, in bytes."""
 
-    start: int
-    end: int
-    format: int
-    kind: int
+    def __init__(self, start: int, end: int, format: int, kind: int) -> None:
+        self.start = start
+        self.end = end
+        self.format = format
+        self.kind = kind
 
 
-class _Item(NamedTuple):
+class _Item:
     """An item as it is stored."""
 
-    room: int  # bytes
-    format: str
-    kind: int
-    data: bytes
+    def __init__(self, room: int, format: str, kind: int, data: bytes) -> None:
+        self.room = room  # bytes
+        self.format = format
+        self.kind = kind
+        self.data = data
 
 
 class ShareableList(Shareable, Generic[T]):

@@ -20,7 +20,6 @@ import struct
 import sys
 import time
 from collections.abc import Iterator
-from pathlib import PurePosixPath
 from types import TracebackType
 from typing import Self, TypeVar
 
@@ -144,8 +143,9 @@ def available_in_cgroups() -> Iterator[int]:
         else:
             continue
         # In a container the path may be that of the host, where the container's own cgroup is the root.
-        folders = [path, *(parent for parent in map(str, PurePosixPath(path).parents))]
-        for folder in dict.fromkeys(root + each.rstrip("/") for each in folders):
+        parts = path.strip("/").split("/")
+        for count in range(len(parts), -1, -1):
+            folder = "/".join([root, *parts[:count]])
             maximum, used = _read(f"{folder}/{limit}"), _read(f"{folder}/{usage}")
             if maximum.strip().isdigit() and used.strip().isdigit() and int(maximum) < _NO_LIMIT:
                 statistics = dict(line.split(" ", 1) for line in _read(f"{folder}/memory.stat").splitlines())
