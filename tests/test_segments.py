@@ -152,7 +152,7 @@ def test_five_thousand_arrays_are_kept_under_a_limit_of_1024_descriptors(run_pyt
 
 def test_five_thousand_arrays_from_a_queue_are_kept_and_given_up(run_python: Any) -> None:
     run_python(
-        "import os, resource, numpy as np, mpmemory\n"
+        "import ctypes, os, resource, numpy as np, mpmemory\n"
         "from mpmemory import _reaper, _segments\n"
         "resource.setrlimit(resource.RLIMIT_NOFILE, (1024, 1024))\n"
         "_reaper.IDLE_TIMEOUT = 0.2\n"
@@ -172,5 +172,6 @@ def test_five_thousand_arrays_from_a_queue_are_kept_and_given_up(run_python: Any
         "del kept\n"
         "_reaper.reaper.join()\n"
         "assert os.listdir('/proc/self/fd') == fds\n"
+        "ctypes.CDLL(None).malloc_trim(0)\n"  # what the C library keeps of freed copies is not ours
         "assert resident() < memory + 100e6, resident() - memory\n"
     )
