@@ -88,8 +88,8 @@ class SharedMemory(Shareable):
         self._name = name
         self._fd = buffer.memory._open()
         self._buffer = buffer
-        self._buf = None
         self._size = buffer.size
+        self._buf = None
 
     @property
     def buf(self) -> memoryview | None:
