@@ -11,7 +11,7 @@ import resource
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from multiprocessing import forkserver, resource_tracker
 from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
@@ -175,13 +175,18 @@ def small_shm() -> list[str]:
 
 @pytest.fixture
 def run_python(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
-    """Run a program in a new interpreter; fail the test if it fails, unless `check=False`."""
+    """Run a program in a new interpreter; fail the test if it fails, unless `check=False`.
 
-    def run(source: str, *args: str, check: bool = True, **options: object) -> subprocess.CompletedProcess[str]:
+    `prefix` is what comes before the command: see `small_shm`.
+    """
+
+    def run(
+        source: str, *args: str, check: bool = True, prefix: Sequence[str] = (), **options: object
+    ) -> subprocess.CompletedProcess[str]:
         script = tmp_path / "program.py"
         script.write_text(source)
         done = subprocess.run(
-            [sys.executable, "-W", "error", str(script), *args],
+            [*prefix, sys.executable, "-W", "error", str(script), *args],
             text=True,
             capture_output=True,
             timeout=60,

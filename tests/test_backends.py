@@ -5,8 +5,6 @@ from __future__ import annotations
 import os
 import platform as system
 import stat
-import subprocess
-import sys
 from typing import Any
 
 import pytest
@@ -57,17 +55,11 @@ def test_a_backend_that_this_system_lacks(monkeypatch: pytest.MonkeyPatch) -> No
         _backends.chosen.cache_clear()
 
 
-def test_a_full_file_system_is_an_error_and_not_a_crash(backend: str, small_shm: list[str]) -> None:
+def test_a_full_file_system_is_an_error_and_not_a_crash(backend: str, small_shm: list[str], run_python: Any) -> None:
     if backend != "posix":
         pytest.skip("the memory of the other backends is not in /dev/shm")
     program = "import mpmemory; mpmemory.SharedBuffer(1 << 20).clear(1); mpmemory.SharedBuffer(2 << 20).clear(1)"
-    done = subprocess.run(
-        [*small_shm, sys.executable, "-c", program],
-        text=True,
-        capture_output=True,
-        check=False,
-        timeout=60,
-    )
+    done = run_python(program, prefix=small_shm, check=False)
     assert done.returncode == 1
     assert "OSError: [Errno 28] cannot have memory of 2097152 bytes: No space left on device" in done.stderr
 

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -107,7 +105,7 @@ def test_more_than_there_is_cannot_be_reserved(run_python: Any) -> None:
     )
 
 
-def test_a_small_file_system_is_reserved_from(small_shm: list[str]) -> None:
+def test_a_small_file_system_is_reserved_from(small_shm: list[str], run_python: Any) -> None:
     program = (
         "import os, mpmemory\n"
         "kept = mpmemory.Memory(600_000, reserve=True)\n"
@@ -116,14 +114,7 @@ def test_a_small_file_system_is_reserved_from(small_shm: list[str]) -> None:
         "kept.close()\n"
         "mpmemory.SharedBuffer(600_000, reserve=True).clear(1)\n"  # what failed has left nothing
     )
-    done = subprocess.run(
-        [*small_shm, sys.executable, "-c", program],
-        text=True,
-        capture_output=True,
-        check=True,
-        timeout=60,
-        env={**os.environ, "MPMEMORY_BACKEND": "posix"},
-    )
+    done = run_python(program, prefix=small_shm, env={**os.environ, "MPMEMORY_BACKEND": "posix"})
     assert done.stdout == "28 [Errno 28] cannot have memory of 600000 bytes: No space left on device\n"
 
 
@@ -146,21 +137,19 @@ def small_cgroup() -> Iterator[list[str]]:
     pytest.skip("needs a memory cgroup of its own")
 
 
-def test_more_than_the_cgroup_has_cannot_be_reserved(small_cgroup: list[str]) -> None:
+def test_more_than_the_cgroup_has_cannot_be_reserved(small_cgroup: list[str], run_python: Any) -> None:
     program = (
         "import mpmemory\n"
         "mpmemory.Memory(10 << 20, reserve=True)\n"
         "try: mpmemory.Memory(100 << 20, reserve=True)\n"
         "except OSError as error: print(error.errno, error)\n"
     )
-    done = subprocess.run(
-        [*small_cgroup, sys.executable, "-c", program], text=True, capture_output=True, check=True, timeout=60
-    )
+    done = run_python(program, prefix=small_cgroup)
     assert done.stdout.startswith("12 [Errno 12] cannot reserve 104857600 bytes of memory, of which ")
     assert int(done.stdout.split("of which ")[1].split()[0]) < 64 << 20
 
 
-def test_memory_that_is_always_allocated_is_within_the_cgroup(small_cgroup: list[str]) -> None:
+def test_memory_that_is_always_allocated_is_within_the_cgroup(small_cgroup: list[str], run_python: Any) -> None:
     program = (
         "import mpmemory\n"
         "memory = mpmemory.Memory(10 << 20)\n"
@@ -168,14 +157,7 @@ def test_memory_that_is_always_allocated_is_within_the_cgroup(small_cgroup: list
         "    try: action()\n"
         "    except OSError as error: print(error.errno, memory.size)\n"
     )
-    done = subprocess.run(
-        [*small_cgroup, sys.executable, "-c", program],
-        text=True,
-        capture_output=True,
-        check=True,
-        timeout=60,
-        env={**os.environ, "MPMEMORY_BACKEND": "posix"},
-    )
+    done = run_python(program, prefix=small_cgroup, env={**os.environ, "MPMEMORY_BACKEND": "posix"})
     assert done.stdout == f"12 {10 << 20}\n" * 2
 
 

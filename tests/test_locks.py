@@ -399,6 +399,17 @@ def test_a_robust_lock_that_cannot_be_mapped_is_not_held(monkeypatch: pytest.Mon
     assert is_free(lock)
 
 
+def start(source: str, memory: Memory) -> subprocess.Popen[str]:
+    """Start a program that is no relative, and gets the number of a descriptor of `memory`."""
+    return subprocess.Popen(
+        [sys.executable, "-c", source, str(memory.fileno())],
+        pass_fds=[memory.fileno()],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+
+
 FORKED = """
 import os, sys
 from mpmemory import Memory
@@ -415,13 +426,7 @@ os.kill(os.getpid(), 9)
 
 def test_a_lock_does_not_live_on_in_a_forked_child() -> None:
     memory = Memory(100)
-    program = subprocess.Popen(
-        [sys.executable, "-c", FORKED, str(memory.fileno())],
-        pass_fds=[memory.fileno()],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
+    program = start(FORKED, memory)
     with program:
         assert program.stdout
         assert program.stdout.readline() == "ready\n"
@@ -454,13 +459,7 @@ def test_a_fork_while_another_thread_acquires() -> None:
     memory = Memory(100)
     lock = memory.lock()
     lock.acquire()
-    program = subprocess.Popen(
-        [sys.executable, "-c", FORKED_WHILE_WAITING, str(memory.fileno())],
-        pass_fds=[memory.fileno()],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
+    program = start(FORKED_WHILE_WAITING, memory)
     with program:
         assert program.stdout
         assert program.stdin
@@ -528,13 +527,7 @@ def is_waiting(pid: int, thread: int | None = None) -> bool:
 def test_ctrl_c_ends_the_wait(timeout: str) -> None:
     memory = Memory(100)
     with memory.lock(0, 10):
-        program = subprocess.Popen(
-            [sys.executable, "-c", INTERRUPTED.format(timeout=timeout), str(memory.fileno())],
-            pass_fds=[memory.fileno()],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
+        program = start(INTERRUPTED.format(timeout=timeout), memory)
         assert program.stdout
         assert program.stdout.readline() == "ready\n"
         while not is_waiting(program.pid):

@@ -561,7 +561,7 @@ def test_an_empty_object_is_refused(name: str) -> None:
     os.unlink(f"/dev/shm/{name}")
 
 
-def test_a_name_that_there_is_no_memory_for_leaves_nothing_behind(small_shm: list[str]) -> None:
+def test_a_name_that_there_is_no_memory_for_leaves_nothing_behind(small_shm: list[str], run_python: Any) -> None:
     program = (
         "import os\n"
         "from mpmemory.shared_memory import SharedMemory\n"
@@ -571,9 +571,7 @@ def test_a_name_that_there_is_no_memory_for_leaves_nothing_behind(small_shm: lis
         "except OSError as error: print(error)\n"
         "print(os.listdir('/dev/shm'))\n"
     )
-    done = subprocess.run(
-        [*small_shm, sys.executable, "-c", program], text=True, capture_output=True, check=True, timeout=60
-    )
+    done = run_python(program, prefix=small_shm)
     assert done.stdout == "[Errno 28] cannot have memory of 2097152 bytes: No space left on device\n[]\n"
     assert done.stderr == ""
 
