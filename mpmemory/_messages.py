@@ -29,6 +29,7 @@ import os
 import pickle
 import socket
 import struct
+import threading
 import time
 from collections.abc import Sequence
 from multiprocessing import connection, reduction
@@ -81,16 +82,45 @@ class _Reducers(dict[type, Any]):
     """What ForkingPickler copies for each pickler, looked up when needed; and what travels in a message."""
 
     def __missing__(self, kind: type) -> Any:
-        try:
-            return reduction.ForkingPickler._extra_reducers[kind]  # type: ignore[attr-defined]
-        except KeyError:
-            return copyreg.dispatch_table[kind]
+        reducer = reduction.ForkingPickler._extra_reducers.get(kind)  # type: ignore[attr-defined]
+        return copyreg.dispatch_table[kind] if reducer is None else reducer
 
 
 class _Pickler(pickle.Pickler):
-    """Pickles for a message: descriptors travel in it, big buffers beside the pickle."""
+    """Pickles for messages, one after the other: descriptors travel in them, big buffers beside the pickle."""
 
     dispatch_table = _Reducers({socket.socket: _reduce_socket, connection.Connection: _reduce_connection})
+
+    def __init__(self) -> None:
+        self._pieces = _Pieces()
+        self._buffers: list[memoryview] = []
+        super().__init__(self._pieces, 5, buffer_callback=self._take)
+
+    def _take(self, buffer: pickle.PickleBuffer) -> bool:
+        """Return whether the buffer is to go into the pickle."""
+        raw = buffer.raw()  # contiguous: the pickler refuses others
+        if raw.nbytes < BUFFER_MIN:
+            return True
+        self._buffers.append(raw)
+        return False
+
+    def take_apart(self, obj: object) -> tuple[list[Any], list[memoryview]]:
+        """Return the pickle in pieces, and the buffers beside it. Not to be used again if that raises."""
+        self.dump(obj)
+        self.clear_memo()
+        pieces, buffers = self._pieces[:], self._buffers[:]
+        self._pieces.clear()
+        self._buffers.clear()
+        return pieces, buffers
+
+
+class _Spare(threading.local):
+    """A thread's pickler that is not in use: to make one takes as long as a small pickle."""
+
+    pickler: _Pickler | None = None
+
+
+_spare = _Spare()
 
 
 class Message:
@@ -108,23 +138,15 @@ class Message:
     @classmethod
     def of_object(cls, obj: object) -> Message:
         """Pickle `obj`; its big buffers are not copied yet. Raises what pickling raises, or OSError."""
-        pieces = _Pieces()
-        buffers: list[memoryview] = []
         fds: dict[OwnedFd, int] = {}
-
-        def take(buffer: pickle.PickleBuffer) -> bool:
-            """Return whether the buffer is to go into the pickle."""
-            raw = buffer.raw()  # contiguous: the pickler refuses others
-            if raw.nbytes < BUFFER_MIN:
-                return True
-            buffers.append(raw)
-            return False
-
+        pickler = _spare.pickler or _Pickler()
+        _spare.pickler = None  # a reducer may send messages of its own
         before, in_message.outgoing = in_message.outgoing, fds
         try:
-            _Pickler(pieces, 5, buffer_callback=take).dump(obj)
+            pieces, buffers = pickler.take_apart(obj)
         finally:
             in_message.outgoing = before
+        _spare.pickler = pickler
         return cls(_PICKLE, pieces, buffers, list(fds))
 
     @classmethod
@@ -220,7 +242,16 @@ class Datagram:
         """Send it, and return True; False if not `wait` and the socket's buffer is full. Raises OSError."""
         if self._truncated:
             raise truncation()
-        return _send(sock, self._data, self._fds, wait)
+        flags = 0 if wait else _DONTWAIT
+        try:
+            if self._fds:
+                return _send_with_fds(sock, self._data, self._fds, flags)
+            sock.send(self._data, flags)
+            return True
+        except BlockingIOError:
+            if wait:  # somebody has made the descriptor non-blocking
+                raise
+            return False
 
     def object(self) -> Any:
         """Unpickle what came. Raises what unpickling raises, and as `bytes`."""
@@ -307,25 +338,17 @@ def _recv_waiting(ends: list[OwnedFd], count: int) -> list[OwnedFd]:
     return fds
 
 
-def _send(sock: socket.socket, datagram: bytes, fds: Sequence[OwnedFd], wait: bool) -> bool:
-    flags = 0 if wait else _DONTWAIT
+def _send_with_fds(sock: socket.socket, datagram: bytes, fds: Sequence[OwnedFd], flags: int) -> bool:
     while True:
         try:
             carried = fds if len(fds) <= MAX_FDS else [_line_up(fds)]
-            if carried:
-                send_fds(sock, datagram, [fd.fileno() for fd in carried], flags)
-            else:
-                sock.send(datagram, flags)
+            send_fds(sock, datagram, [fd.fileno() for fd in carried], flags)
             return True
-        except BlockingIOError:
-            if wait:  # somebody has made the descriptor non-blocking
-                raise
-            return False
         except OSError as error:
             # unix(7): this user has more descriptors under way than a process may have open. They will be received.
             if error.errno != errno.ETOOMANYREFS:
                 raise
-        if not wait:
+        if flags & _DONTWAIT:
             return False
         carried = ()  # none of ours is under way meanwhile: two senders would wait for each other
         time.sleep(_RETRY_INTERVAL)

@@ -37,7 +37,7 @@ from typing import Any
 from ._fds import OwnedFd
 from ._messages import Datagram, Message
 from ._worker_main import ABOUT_WORKER, Lifeline
-from ._workers import FULL, GRACE, StartWorker, Task, Worker, kill
+from ._workers import BIG, FEW, FULL, GRACE, StartWorker, Task, Worker, kill
 from .errors import PoolError, WorkerLostError, describe_exit
 
 #: Feeders wait while so many tasks wait for a worker with room.
@@ -70,9 +70,12 @@ class Window:
         taken = self._iterator._index - len(self._iterator._items)
         return int(self.fed - taken)
 
-    def is_open(self) -> bool:
+    def open(self, most: int) -> int:
+        """Return how many tasks may follow now, `most` at most."""
         # What was never iterated over is there for its effects.
-        return self._ahead() < self._size or self.abandoned
+        granted = most if self.abandoned else max(0, min(most, self._size - self._ahead()))
+        self.fed += granted
+        return granted
 
     def is_half_open(self) -> bool:
         return self._ahead() <= self._size // 2
@@ -159,9 +162,11 @@ class Scheduler:
         task = Task(next(self._tags), job, index, message)
         try:
             with self._lock:
-                ended = self._state == TERMINATE
-                worker = self._reserve(task, self._workers) if not self._pending and not ended else None
-                if worker is None and not ended:
+                ended, worker = self._state == TERMINATE, None
+                # Of small ones only what keeps a worker busy is sent here. The scheduler's thread sends the rest,
+                # many at a time, as answers come: sending lets other threads in between.
+                limit = FULL if task.load >= BIG else FEW
+                if not ended and (self._pending or (worker := self._reserve(task, self._workers, limit)) is None):
                     self._pending.append(task)
             if ended:
                 self._refuse(job)
@@ -186,7 +191,7 @@ class Scheduler:
     def _feed(
         self, tasks: Iterable[tuple[Any, ...]], set_length: Callable[[int], None] | None, window: Window | None
     ) -> None:
-        job, count, expected = None, 0, 0
+        job, count, expected, granted = None, 0, 0, 0
         try:
             for job, index, func, args, kwds in tasks:
                 if not count and isinstance(result := self.results.get(job), MapResult):
@@ -195,12 +200,15 @@ class Scheduler:
                 if func is _helper_reraises_exception:  # what the user's iterable raised
                     self._fail(job, index, args[0])
                     continue
-                if not self._wait_for_room(window):
+                if window is not None and window.is_unwanted():
+                    granted = 0
+                if not granted and not (granted := self._wait_for_room(window)):
                     if self._state == TERMINATE:
                         self._refuse(job)
                         return
                     count -= 1
                     break
+                granted -= 1
                 self.submit(job, index, func, args, kwds)
                 del func, args, kwds  # not kept while waiting for the next
             if count < expected:
@@ -215,24 +223,23 @@ class Scheduler:
         finally:
             self._wake()  # that was perhaps all
 
-    def _wait_for_room(self, window: Window | None) -> bool:
-        """Wait until a worker has room and the window is open; return False if no more tasks are wanted."""
+    def _wait_for_room(self, window: Window | None) -> int:
+        """Wait until there is room and the window is open; return for how many tasks, 0 if no more are wanted."""
         with self._room:
             while self._state != TERMINATE:
                 if window is not None and window.is_unwanted():
-                    return False
-                if len(self._pending) < PENDING:
+                    return 0
+                if (room := PENDING - len(self._pending)) > 0:
                     if window is None or self._state == CLOSE:
-                        return True
+                        return room
                     window.waited_for = True  # before looking: who takes a result looks at it afterwards
-                    if window.is_open():
+                    if granted := window.open(room):
                         window.waited_for = False
-                        window.fed += 1
-                        return True
+                        return granted
                 else:
                     self._room_wanted = True
                 self._room.wait()
-            return False
+            return 0
 
     def notify_feeders(self) -> None:
         """Let feeders look again whether they may go on."""
@@ -241,12 +248,12 @@ class Scheduler:
 
     # --- sending ---
 
-    def _reserve(self, task: Task, workers: list[Worker]) -> Worker | None:
-        """Find the one of the least load, if any has room, and reserve a place for the task. Locked."""
-        best = None
+    def _reserve(self, task: Task, workers: list[Worker], limit: int) -> Worker | None:
+        """Reserve a place for the task at the worker of the least load, if that is below `limit`. Locked."""
+        best, least = None, limit
         for worker in workers:
-            if worker.has_room() and (best is None or worker.load < best.load):
-                best = worker
+            if (load := worker.given - worker.done) < least and worker.is_open():
+                best, least = worker, load
         if best is not None:
             best.reserve(task)
         return best
@@ -302,7 +309,7 @@ class Scheduler:
         with self._lock:
             hungry = [worker for worker in self._workers if worker.load <= FULL // 2]
             self._stalled = False
-            while self._pending and (chosen := self._reserve(self._pending[0], hungry)):
+            while self._pending and (chosen := self._reserve(self._pending[0], hungry, FULL)):
                 given.setdefault(chosen, []).append(self._pending.popleft())
         for worker, tasks in given.items():
             for task in tasks:
@@ -323,7 +330,7 @@ class Scheduler:
             # One that is ready runs the first of its tasks.
             return len(worker.tasks) - worker.ready
 
-        idle = [worker for worker in self._workers if not worker.tasks and worker.has_room()]
+        idle = [worker for worker in self._workers if not worker.tasks and worker.is_open()]
         busy = [worker for worker in self._workers if unread(worker) > 0] if idle else []
         busy.sort(key=unread)
         moved = []

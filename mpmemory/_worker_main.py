@@ -81,10 +81,11 @@ def run(channel: Connection, lifeline: Lifeline, initializer: Callable[..., obje
 
 def _next_task(channel: Connection) -> Datagram:
     while True:
-        with contextlib.suppress(BlockingIOError):
+        try:
             return channel.receive_datagram(wait=False)
-        # Not waiting in recvmsg(2), where a process that is just being killed may still take a task along.
-        platform.poll([channel.fileno()], None)
+        except BlockingIOError:
+            # Not waiting in recvmsg(2), where a process that is just being killed may still take a task along.
+            platform.poll([channel.fileno()], None)
 
 
 def _run_task(task: Datagram, interrupts: _Interrupts) -> Datagram:

@@ -14,13 +14,16 @@ from ._worker_main import ABOUT_WORKER, Lifeline, interrupts_wait
 from .connection import Connection, Pipe
 
 #: The load of a worker that gets no more tasks: so many small ones, the running one included.
-FULL = 16
+FULL = 64
+
+#: A load that keeps a worker busy until its next answer is read.
+FEW = 4
 
 #: A small task counts once for each so many bytes.
-SMALL = 8 << 10
+SMALL = 2 << 10
 
 #: The load of a big task: few are sent ahead, since their memory is in use meanwhile.
-BIG = 8
+BIG = FULL // 2
 
 #: How long terminated workers have for their own end until they are killed, in seconds.
 GRACE = 1.0
@@ -95,8 +98,9 @@ class Worker:
     def load(self) -> int:
         return self.given - self.done
 
-    def has_room(self) -> bool:
-        return self.load < FULL and self.left != 0 and not (self.blocked or self.leaving or self.dead)
+    def is_open(self) -> bool:
+        """Return whether it takes tasks at all; how many is for its load to say."""
+        return self.left != 0 and not (self.blocked or self.leaving or self.dead)
 
     def reserve(self, task: Task) -> None:
         """Note that the task will be sent. Locked."""
