@@ -19,7 +19,6 @@ Where there are no such locks a segment is used once.
 
 from __future__ import annotations
 
-import ctypes
 import mmap
 import os
 import threading
@@ -177,6 +176,8 @@ class Lease:
 
     def view(self, offset: int, length: int) -> memoryview:
         """Return a writable view of a part of the segment; the lease lasts as long as anything made from it."""
+        import ctypes  # not before something big has come: that takes more than a millisecond
+
         part = (ctypes.c_char * length).from_buffer(self.mapping, offset)
         part.lease = self  # type: ignore[attr-defined]  # whoever exports a buffer is kept by who imports it
         return memoryview(part).cast("B")
