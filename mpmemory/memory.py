@@ -468,7 +468,7 @@ def _check_name(name: str) -> str:
         raise TypeError(f"name must be a str, found {type(name).__name__}")
     if "\0" in name:
         raise ValueError(f"name must not have a NUL character, found {name!r}")
-    length = len(os.fsencode(name))
+    length = len(name) if name.isascii() else len(os.fsencode(name))
     if length > _MAX_NAME:
         raise ValueError(f"name must have at most {_MAX_NAME} bytes, found {length}")
     return name

@@ -148,8 +148,12 @@ class MessageFd:
 
 # The duplicates that a launch is passing on must stay open until the child has been started, and
 # multiprocessing tells nobody when that is. So they are looked through whenever a handle is shared
-# or closed, and go with their Popen at the latest.
-_launching: weakref.WeakKeyDictionary[Popen, list[OwnedFd]] = weakref.WeakKeyDictionary()
+# or closed, and go with their Popen at the latest. A plain dict, since whether it is empty is asked often.
+_launching: dict[weakref.ref[Popen], list[OwnedFd]] = {}
+
+
+def _forget(popen: weakref.ref[Popen]) -> None:
+    _launching.pop(popen, None)
 
 
 class _InheritedFd:
@@ -160,7 +164,7 @@ class _InheritedFd:
         # A number of its own for each handle: spawn passes on the number itself, where the same one
         # twice is refused (python/cpython#87308), and two owners in the child would close it twice.
         dup = fd.dup()
-        _launching.setdefault(popen, []).append(dup)
+        _launching.setdefault(weakref.ref(popen, _forget), []).append(dup)
         self._wrapper = reduction.DupFd(dup.fileno())
 
     def claim(self) -> OwnedFd | LostFd:
@@ -172,13 +176,13 @@ class _InheritedFd:
         return OwnedFd(number)
 
 
-def release_launched(launching: weakref.WeakKeyDictionary[Popen, list[OwnedFd]] = _launching) -> None:
+def release_launched(launching: dict[weakref.ref[Popen], list[OwnedFd]] = _launching) -> None:
     """Close the duplicates made for children that have been started since."""
     if launching:
-        for reference in launching.keyrefs():  # a list, made atomically: any thread may be spawning
+        for reference in list(launching):  # made atomically: any thread may be spawning
             popen = reference()
             if popen is not None and popen.finalizer is not None:
-                launching.pop(popen, None)
+                launching.pop(reference, None)
 
 
 # The child's copies: a fork may come in the middle of another thread's launch.
