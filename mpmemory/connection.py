@@ -32,7 +32,8 @@ class Connection(Shareable):
     buffers of pickle protocol 5, such as NumPy arrays, travel beside the pickle, in shared memory: what
     arrives belongs to the receiver, is writable (or read-only where it was), and nobody else writes there.
 
-    Can be used from several threads and processes at the same time. Pickles through multiprocessing.
+    Can be used from several threads and processes at the same time. Pickles through multiprocessing. Any use
+    after `close` is an OSError, as is receiving from an end that is only `writable`, or the other way round.
     """
 
     __slots__ = ("_lost", "_readable", "_sock", "_writable")
@@ -238,6 +239,9 @@ def _rebuild_connection(cls: type[Connection], shared: Any, readable: bool, writ
 
 
 def Pipe(duplex: bool = True) -> tuple[Connection, Connection]:  # as in multiprocessing
-    """Return two connections to each other; if not `duplex`, the first receives only and the second sends only."""
+    """Return two connections to each other; if not `duplex`, the first receives only and the second sends only.
+
+    Raises OSError (EMFILE) if no descriptors are left.
+    """
     left, right = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     return Connection(left.detach(), True, duplex), Connection(right.detach(), duplex, True)

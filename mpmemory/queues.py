@@ -44,6 +44,8 @@ class SimpleQueue(Shareable):
     `put` pickles at once, and waits while the receivers have too much to read. What is put is what
     arrives; handles, arrays, sockets and whatever a Connection carries. Can be used from several threads
     and processes. Pickles through multiprocessing.
+
+    Making one raises OSError (EMFILE) if no descriptor is left. Any use after `close` is an OSError, too.
     """
 
     __slots__ = ("_reader", "_rlock", "_writer")
@@ -139,7 +141,7 @@ class Queue(Shareable):
     joined when the process ends, unless `cancel_join_thread` was called.
 
     Can be used from several threads and processes. Pickles through multiprocessing; each process has a
-    thread and unsent messages of its own.
+    thread and unsent messages of its own. After `close`, `put` and `get` raise ValueError.
     """
 
     __slots__ = (
@@ -156,7 +158,7 @@ class Queue(Shareable):
     )
 
     def __init__(self, maxsize: int = 0) -> None:
-        """Create a queue for `maxsize` objects, or without that limit if it is not positive."""
+        """Create a queue for `maxsize` objects, or without that limit if it is not positive. Raises OSError (EMFILE)."""
         reader, writer = Pipe(duplex=False)
         maxsize = maxsize if maxsize > 0 else _UNBOUNDED
         self._set_up(reader, writer, maxsize, Counter(maxsize))
@@ -289,7 +291,7 @@ class Queue(Shareable):
         return self.get(False)
 
     def qsize(self) -> int:
-        """Return how many objects are in the queue, those not sent yet included."""
+        """Return how many objects are in the queue, those not sent yet included. Raises OSError without /proc."""
         return self._maxsize - self._places.value()
 
     def empty(self) -> bool:
