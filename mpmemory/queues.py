@@ -158,7 +158,7 @@ class Queue(Shareable):
     )
 
     def __init__(self, maxsize: int = 0) -> None:
-        """Create a queue for `maxsize` objects, or without that limit if it is not positive. Raises OSError (EMFILE)."""
+        """Create a queue for `maxsize` objects, or any number if it is not positive. Raises OSError (EMFILE)."""
         reader, writer = Pipe(duplex=False)
         maxsize = maxsize if maxsize > 0 else _UNBOUNDED
         self._set_up(reader, writer, maxsize, Counter(maxsize))
