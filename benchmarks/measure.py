@@ -3,81 +3,186 @@
 from __future__ import annotations
 
 import contextlib
-import os
-import platform
+import math
 import signal
 import statistics
-import sys
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from multiprocessing import resource_tracker
 from time import perf_counter
 
 ROUNDS = 31
-QUICK_ROUNDS = 3
-QUICK_CALLS = 2
+LEAST_ROUNDS = 5
+QUICK_ROUNDS = 2
+SIDE_SECONDS = 0.5  # a side that has taken more than this is left out of further rounds, once it has had the least
+SAMPLE_SECONDS = 0.005  # a sample is the mean of as many calls as take about this long
+MOST_CALLS = 1000
 
-_LINE = "{:<13} {:<40} {:>9}  {:<27} {:>9}  {:>6}  {:>14}  {:>10}"
+NEVER = math.inf  # the sample of what did not end
+
+MEMCPY = "memcpy"  # the side that is the limit of what can be reached: plots draw it apart
 
 
 @dataclass(frozen=True)
 class Side:
-    """One way to do the work."""
+    """One way to do the work; the first one of a comparison is ours."""
 
     name: str
     run: Callable[[], object]
 
 
 @dataclass(frozen=True)
-class Comparison:
-    """The same work done by us and by peers; a sample is the mean of `calls` calls in a row."""
+class Target:
+    """What ours must reach.
 
-    calls: int
-    ours: Side
-    peers: tuple[Side, ...]
+    - "faster": the peer takes at least `limit` times as long as ours.
+    - "within": ours takes at most `limit` times as long as the peer.
+    - "more": ours takes at most `limit` more than the peer.
+    - "at most", "at least": what ours is at the median; without a peer.
+    """
+
+    kind: str
+    limit: float
+    peer: str | None = None
 
 
 @dataclass(frozen=True)
-class Result:
-    """Seconds per call: one sample for each round, ours and the peer's taken next to each other."""
+class Comparison:
+    """The same work done by us and by peers.
 
-    ours: list[float]
-    peer: list[float]
-
-    @property
-    def ratios(self) -> list[float]:
-        return [mine / other for mine, other in zip(self.ours, self.peer, strict=True)]
-
-    @property
-    def differences(self) -> list[float]:
-        return [mine - other for mine, other in zip(self.ours, self.peer, strict=True)]
-
-
-def interleave(comparison: Comparison, *, quick: bool = False) -> dict[str, Result]:
-    """Sample all sides in turn for some rounds, and return our samples with those of each peer, by its name.
-
-    A first round is dropped: it fills caches, starts helpers and threads. Every other round runs
-    backwards, so that no side always follows the same one.
+    `group` names the table (and the plot) it belongs to, and `x` is its place there. `unit` is what a sample
+    is: "s" for a time; if that is None, then each `run` is timed, or `run` returns the sample ("s", "B", "").
     """
-    rounds = QUICK_ROUNDS if quick else ROUNDS
-    calls = min(comparison.calls, QUICK_CALLS) if quick else comparison.calls
-    sides = [comparison.ours, *comparison.peers]
+
+    what: str
+    sides: Sequence[Side]
+    group: str = ""
+    x: float | None = None
+    axis: str = ""  # what x is
+    unit: str | None = None
+    targets: Sequence[Target] = ()
+    rounds: int = ROUNDS
+
+
+@dataclass(frozen=True)
+class Measured:
+    """The samples of each side, in the order of rounds: those of a slow side end earlier."""
+
+    what: str
+    samples: dict[str, list[float]]
+    group: str = ""
+    x: float | None = None
+    axis: str = ""
+    unit: str = "s"
+    targets: Sequence[Target] = field(default=())
+
+    @property
+    def ours(self) -> str:
+        return next(iter(self.samples))
+
+    @property
+    def peers(self) -> list[str]:
+        return list(self.samples)[1:]
+
+    def median(self, side: str) -> float:
+        return statistics.median(self.samples[side])
+
+    def factors(self, peer: str) -> list[float]:
+        """How many times as much as ours the peer takes, round by round."""
+        return [
+            _divide(theirs, mine) for mine, theirs in zip(self.samples[self.ours], self.samples[peer], strict=False)
+        ]
+
+    def scaled(self, factor: float) -> Measured:
+        """Return the same with all samples multiplied by `factor`."""
+        return replace(self, samples={side: [value * factor for value in each] for side, each in self.samples.items()})
+
+    def reached(self, target: Target) -> float | None:
+        """Return what compares to the limit of `target`, or None if its peer was not measured."""
+        if target.peer is None:
+            return self.median(self.ours)
+        if target.peer not in self.samples:
+            return None
+        if target.kind == "more":
+            pairs = zip(self.samples[self.ours], self.samples[target.peer], strict=False)
+            return statistics.median(mine - theirs for mine, theirs in pairs)
+        factor = statistics.median(self.factors(target.peer))
+        return factor if target.kind == "faster" else _divide(1, factor)
+
+
+def holds(target: Target, reached: float) -> bool:
+    """Tell whether what was reached is what is wanted."""
+    return reached >= target.limit if target.kind in {"faster", "at least"} else reached <= target.limit
+
+
+def quartiles(values: Sequence[float]) -> tuple[float, float]:
+    """Return the lower and the upper quartile; they are samples, not interpolated, so that `NEVER` can be among them."""
+    ordered = sorted(values)
+    return ordered[(len(ordered) - 1) // 4], ordered[-1 - (len(ordered) - 1) // 4]
+
+
+def _divide(a: float, b: float) -> float:
+    if b == 0 or a == b:  # nothing next to nothing; never next to never
+        return 1.0 if a == b else math.inf
+    return a / b
+
+
+def interleave(
+    comparison: Comparison, *, quick: bool = False, tick: Callable[[float], None] = lambda _: None
+) -> Measured:
+    """Sample all sides in turn, every other round backwards, so that no side always follows the same one.
+
+    A first round is dropped: it fills caches, starts helpers and threads, and tells how many calls make a sample.
+    A side that is slow is left out of the later rounds. `tick` is told how much of it is done, from 0 to 1.
+    """
+    rounds = min(comparison.rounds, QUICK_ROUNDS) if quick else comparison.rounds
+    least = min(LEAST_ROUNDS, rounds)
+    timed = comparison.unit is None
+    sides = list(comparison.sides)
     samples: dict[str, list[float]] = {side.name: [] for side in sides}
-    for number in range(rounds + 1):
+    spent = dict.fromkeys(samples, 0.0)
+    calls = dict.fromkeys(samples, 1)
+    if timed:
+        for side in sides:
+            first = _time(side.run, 1)
+            seconds = first if first > SAMPLE_SECONDS else _time(side.run, 1)
+            calls[side.name] = 1 if quick else max(1, min(MOST_CALLS, int(SAMPLE_SECONDS / seconds)))
+    for number in range(rounds):
+        tick(number / rounds)
         for side in sides if number % 2 else reversed(sides):
-            seconds = _sample(side.run, calls)
-            if number:
-                samples[side.name].append(seconds)
-    ours = samples[comparison.ours.name]
-    return {peer.name: Result(ours, samples[peer.name]) for peer in comparison.peers}
+            if number >= least and spent[side.name] > SIDE_SECONDS and side is not sides[0]:
+                continue
+            start = perf_counter()
+            sample = _time(side.run, calls[side.name]) if timed else _value(side.run)
+            spent[side.name] += perf_counter() - start
+            samples[side.name].append(sample)
+        # Ours is in all rounds, as the measure of the others; but not when it is slow itself, or alone.
+        if number + 1 >= least and (min(spent.values()) > SIDE_SECONDS or sum(spent.values()) > 15 * SIDE_SECONDS):
+            break
+    return Measured(
+        comparison.what,
+        samples,
+        comparison.group,
+        comparison.x,
+        comparison.axis,
+        comparison.unit or "s",
+        comparison.targets,
+    )
 
 
-def _sample(run: Callable[[], object], calls: int) -> float:
+def _time(run: Callable[[], object], calls: int) -> float:
     with shielded():  # a claim or a child cut off in the middle would print tracebacks of its own
         start = perf_counter()
         for _ in range(calls):
             run()
         return (perf_counter() - start) / calls
+
+
+def _value(run: Callable[[], object]) -> float:
+    with shielded():
+        value = run()
+    assert isinstance(value, int | float)
+    return float(value)
 
 
 @contextlib.contextmanager
@@ -91,41 +196,24 @@ def shielded() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def header(*, quick: bool) -> str:
-    """Say where this runs, and name the columns."""
-    rounds = f"{QUICK_ROUNDS} rounds (a smoke test: the numbers mean nothing)" if quick else f"{ROUNDS} rounds"
-    remarks = ["ratio: ours / against, below 1 is faster; difference: ours - against; all are medians"]
-    if sys.dont_write_bytecode:
-        remarks.append("PYTHONDONTWRITEBYTECODE is set: new interpreters may compile mpmemory again (start, import)")
-    return "\n".join(
-        [
-            f"{platform.python_implementation()} {platform.python_version()}, {platform.system()} "
-            f"{platform.release()} {platform.machine()}, {os.cpu_count()} CPUs, {rounds}",
-            *remarks,
-            "",
-            _LINE.format("row", "ours", "median", "against", "median", "ratio", "min..max", "difference"),
-        ]
-    )
+def quantity(value: float, unit: str) -> str:
+    """Format a sample with three digits or so."""
+    if value == NEVER:
+        return "never"
+    if unit == "s":
+        steps = (1e-6, "ns", 1e9), (1e-3, "µs", 1e6), (1.0, "ms", 1e3), (math.inf, "s", 1.0)
+    elif unit == "B":
+        steps = (1e3, "B", 1.0), (1e6, "KB", 1e-3), (1e9, "MB", 1e-6), (math.inf, "GB", 1e-9)
+    else:
+        return f"{value:,.0f}" if value == int(value) else f"{value:.2f}"
+    name, scale = next((name, scale) for below, name, scale in steps if abs(value) < below)
+    number = value * scale
+    digits = 0 if abs(number) >= 100 or name == "B" else 1 if abs(number) >= 10 else 2
+    return f"{number:.{digits}f} {name}"
 
 
-def lines(row: str, comparison: Comparison, results: dict[str, Result]) -> Iterator[str]:
-    """Format one line of the table for each peer."""
-    for peer, result in results.items():
-        ratios = result.ratios
-        yield _LINE.format(
-            row,
-            comparison.ours.name,
-            duration(statistics.median(result.ours)),
-            peer,
-            duration(statistics.median(result.peer)),
-            f"{statistics.median(ratios):.2f}",
-            f"{min(ratios):.2f}..{max(ratios):.2f}",
-            duration(statistics.median(result.differences)),
-        )
-
-
-def duration(seconds: float) -> str:
-    """Format a duration with three digits or so, in µs or ms."""
-    size = abs(seconds)
-    number, unit = (seconds * 1e6, "µs") if size < 1e-3 else (seconds * 1e3, "ms")
-    return f"{number:.{1 if abs(number) < 100 else 0}f} {unit}"
+def times(factor: float) -> str:
+    """Format a factor."""
+    if factor == math.inf:
+        return "∞"
+    return f"{factor:.0f}×" if factor >= 20 else f"{factor:.1f}×" if factor >= 2 else f"{factor:.2f}×"

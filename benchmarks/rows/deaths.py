@@ -1,0 +1,72 @@
+"""Rows on processes that are killed."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import time
+from collections.abc import Generator
+
+from ..measure import NEVER, Measured, Target
+from ..peers import blocks
+from ..peers.pools import POOLS, Torch
+from ..processes import Program, left_behind
+from ..probe import PATIENCE, TASKS
+from ..session import Session
+from .programs import Values, gather
+
+GROUP = "a worker is killed"
+
+
+def worker_killed(session: Session) -> Generator[Measured, None, None]:
+    """A worker is killed: how soon does its task fail, are the other tasks done, and does the pool go on?
+
+    Two workers, 10 tasks of 10 ms under way, and one among them that kills its worker; the time is from then to the error.
+    What has not come after 3 seconds never does: a stock Pool waits for ever, which is known. Then 10 more tasks
+    are given to the same pool; joblib's users get new workers then without asking.
+    """
+    assert (TASKS, PATIENCE) == (10, 3)
+    samples = gather(session, [name for name in POOLS if name != Torch.name], lambda name: ["deaths", name], _deaths)
+    yield Measured("time to the error", samples["seconds"], GROUP, targets=[Target("at most", 0.05)])
+    yield Measured("others done, of 10", samples["others"], GROUP, unit="", targets=[Target("at least", TASKS)])
+    yield Measured("done afterwards, of 10", samples["after"], GROUP, unit="", targets=[Target("at least", TASKS)])
+
+
+def _deaths(program: Program) -> Values:
+    return {key: NEVER if value is None else value for key, value in program.hear().items()}
+
+
+def tree_killed(session: Session) -> Generator[Measured, None, None]:
+    """A program and all of its children are killed (SIGKILL) while they share 100 MB: how much of it is left?
+
+    Files in /dev/shm, and anonymous memory that some process still holds. What is left stays until somebody removes it,
+    or the machine is started anew. Helpers like the resource tracker are killed, too, as a container's end does; where
+    only the program is killed, the tracker removes what `SharedMemory` left. joblib: while an array of 100 MB is with its
+    workers. Ray is not here, since its processes are not of the program's session.
+    """
+    size = 1_000_000 if session.quick else 100_000_000
+    names = [name for name in blocks.BLOCKS if name != blocks.Bare.name] + ["joblib"]
+
+    def arguments(name: str) -> list[str]:
+        return ["hold", name, str(size), _label(name)]
+
+    samples: dict[str, list[float]] = {}
+    for name in names:
+        found = gather(session, [name], arguments, lambda program, name=name: _kill(program, name))  # type: ignore[misc]
+        samples.update(found.get("left", {}))
+    yield Measured("left behind", samples, "the whole tree is killed", unit="B", targets=[Target("at most", 0)])
+
+
+def _label(name: str) -> str:
+    return f"mpmemory-benchmark-{os.getpid()}-{name.replace(' ', '-')}"
+
+
+def _kill(program: Program, name: str) -> Values:
+    program.hear()
+    program.kill()
+    paths = left_behind(_label(name), program.pid)
+    left = sum(path.stat().st_size for path in paths)
+    for path in paths:  # only ours and those of the peers by their label: see left_behind
+        if path.is_relative_to("/dev/shm"):
+            shutil.rmtree(path.parent) if path.parent.name.startswith("joblib_memmapping") else path.unlink()
+    return {"left": left}
