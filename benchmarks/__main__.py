@@ -41,11 +41,7 @@ def main() -> int:
             start = time.monotonic()
             with contextlib.closing(ROWS[row](session)) as comparisons:
                 for each in comparisons:
-                    measured = (
-                        interleave(each, quick=arguments.quick, tick=session.tick)
-                        if isinstance(each, Comparison)
-                        else each
-                    )
+                    measured = interleave(each, session) if isinstance(each, Comparison) else each
                     results.add(row, measured)
                     session.wipe()
                     print(*report.lines(row, measured), sep="\n", flush=True)

@@ -7,9 +7,10 @@ import math
 import signal
 import statistics
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from multiprocessing import resource_tracker
 from time import perf_counter
+from typing import Protocol
 
 ROUNDS = 31
 LEAST_ROUNDS = 5
@@ -29,6 +30,7 @@ class Side:
 
     name: str
     run: Callable[[], object]
+    floor: bool = False  # no rival, but what it takes at least
 
 
 @dataclass(frozen=True)
@@ -50,23 +52,24 @@ class Target:
 class Comparison:
     """The same work done by us and by peers.
 
-    `group` names the table (and the plot) it belongs to, and `x` is its place there. `unit` is what a sample
-    is: "s" for a time; if that is None, then each `run` is timed, or `run` returns the sample ("s", "B", "").
+    `group` names the table (and the plot) it belongs to, `x` is its place there, and `axis` says what that is.
     """
 
     what: str
     sides: Sequence[Side]
     group: str = ""
     x: float | None = None
-    axis: str = ""  # what x is
-    unit: str | None = None
+    axis: str = ""
     targets: Sequence[Target] = ()
     rounds: int = ROUNDS
 
 
 @dataclass(frozen=True)
 class Measured:
-    """The samples of each side, in the order of rounds: those of a slow side end earlier."""
+    """The samples of each side, in the order of rounds: those of a slow side end earlier.
+
+    They are times ("s"), bytes ("B") or just numbers ("").
+    """
 
     what: str
     samples: dict[str, list[float]]
@@ -74,7 +77,8 @@ class Measured:
     x: float | None = None
     axis: str = ""
     unit: str = "s"
-    targets: Sequence[Target] = field(default=())
+    targets: Sequence[Target] = ()
+    floors: Sequence[str] = ()
 
     @property
     def ours(self) -> str:
@@ -116,7 +120,7 @@ def holds(target: Target, reached: float) -> bool:
 
 
 def quartiles(values: Sequence[float]) -> tuple[float, float]:
-    """Return the lower and the upper quartile; they are samples, not interpolated, so that `NEVER` can be among them."""
+    """Return the lower and the upper quartile, which are samples: `NEVER` can be among them."""
     ordered = sorted(values)
     return ordered[(len(ordered) - 1) // 4], ordered[-1 - (len(ordered) - 1) // 4]
 
@@ -127,37 +131,59 @@ def _divide(a: float, b: float) -> float:
     return a / b
 
 
-def interleave(
-    comparison: Comparison, *, quick: bool = False, tick: Callable[[float], None] = lambda _: None
-) -> Measured:
+class Watcher(Protocol):
+    """Who is told how it goes."""
+
+    quick: bool
+
+    def tick(self, part: float) -> None:
+        """Take note that so much of a comparison is done, from 0 to 1."""
+
+    def attempt(self, name: str) -> contextlib.AbstractContextManager[None]:
+        """Suppress and note what the side `name` raises in the block."""
+
+
+def interleave(comparison: Comparison, watcher: Watcher) -> Measured:
     """Sample all sides in turn, every other round backwards, so that no side always follows the same one.
 
     A first round is dropped: it fills caches, starts helpers and threads, and tells how many calls make a sample.
-    A side that is slow is left out of the later rounds. `tick` is told how much of it is done, from 0 to 1.
+    A side that is slow is left out of the later rounds, and one that fails of all; but what ours raises is raised.
     """
+    quick = watcher.quick
     rounds = min(comparison.rounds, QUICK_ROUNDS) if quick else comparison.rounds
     least = min(LEAST_ROUNDS, rounds)
-    timed = comparison.unit is None
     sides = list(comparison.sides)
+    ours = sides[0]
     samples: dict[str, list[float]] = {side.name: [] for side in sides}
     spent = dict.fromkeys(samples, 0.0)
     calls = dict.fromkeys(samples, 1)
-    if timed:
-        for side in sides:
-            first = _time(side.run, 1)
-            seconds = first if first > SAMPLE_SECONDS else _time(side.run, 1)
-            calls[side.name] = 1 if quick else max(1, min(MOST_CALLS, int(SAMPLE_SECONDS / seconds)))
+
+    def sample(side: Side) -> float:
+        """Take a sample; a peer that fails is forgotten."""
+        start, seconds = perf_counter(), math.nan
+        with contextlib.nullcontext() if side is ours else watcher.attempt(side.name):
+            seconds = _time(side.run, calls[side.name])
+        spent[side.name] += perf_counter() - start
+        if math.isnan(seconds):
+            sides.remove(side)
+            del samples[side.name], spent[side.name]
+        return seconds
+
+    for side in list(sides) if rounds > 1 else []:
+        first = sample(side)
+        if side in sides and not quick:
+            seconds = first if first > SAMPLE_SECONDS else sample(side)
+            calls[side.name] = max(1, min(MOST_CALLS, int(SAMPLE_SECONDS / seconds)))
+    spent = dict.fromkeys(spent, 0.0)
     for number in range(rounds):
-        tick(number / rounds)
-        for side in sides if number % 2 else reversed(sides):
-            if number >= least and spent[side.name] > SIDE_SECONDS and side is not sides[0]:
-                continue
-            start = perf_counter()
-            sample = _time(side.run, calls[side.name]) if timed else _value(side.run)
-            spent[side.name] += perf_counter() - start
-            samples[side.name].append(sample)
-        # Ours is in all rounds, as the measure of the others; but not when it is slow itself, or alone.
-        if number + 1 >= least and (min(spent.values()) > SIDE_SECONDS or sum(spent.values()) > 15 * SIDE_SECONDS):
+        watcher.tick(number / rounds)
+        for side in list(sides if number % 2 else reversed(sides)):
+            # Ours is in all rounds, as the measure of the others.
+            if number < least or side is ours or spent[side.name] < SIDE_SECONDS:
+                seconds = sample(side)
+                if side in sides:
+                    samples[side.name].append(seconds)
+        if number + 1 >= least and min(spent.values()) > SIDE_SECONDS:
             break
     return Measured(
         comparison.what,
@@ -165,8 +191,8 @@ def interleave(
         comparison.group,
         comparison.x,
         comparison.axis,
-        comparison.unit or "s",
-        comparison.targets,
+        targets=comparison.targets,
+        floors=[side.name for side in sides if side.floor],
     )
 
 
@@ -176,13 +202,6 @@ def _time(run: Callable[[], object], calls: int) -> float:
         for _ in range(calls):
             run()
         return (perf_counter() - start) / calls
-
-
-def _value(run: Callable[[], object]) -> float:
-    with shielded():
-        value = run()
-    assert isinstance(value, int | float)
-    return float(value)
 
 
 @contextlib.contextmanager
@@ -216,4 +235,4 @@ def times(factor: float) -> str:
     """Format a factor."""
     if factor == math.inf:
         return "∞"
-    return f"{factor:.0f}×" if factor >= 20 else f"{factor:.1f}×" if factor >= 2 else f"{factor:.2f}×"
+    return f"{factor:.0f}x" if factor >= 20 else f"{factor:.1f}x" if factor >= 2 else f"{factor:.2f}x"

@@ -11,6 +11,7 @@ import os
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from contextlib import closing
 from typing import Any
 
@@ -134,5 +135,7 @@ def _hold_joblib(size: int) -> None:
     Parallel(n_jobs=2)(delayed(tasks.first_number_and_sleep)(array) for _ in range(2))
 
 
+PROGRAMS: dict[str, Callable[..., None]] = {"pool": pool, "deaths": deaths, "live": live, "hold": hold}
+
 if __name__ == "__main__":
-    {"pool": pool, "deaths": deaths, "live": live, "hold": hold}[sys.argv[1]](*sys.argv[2:])
+    PROGRAMS[sys.argv[1]](*sys.argv[2:])

@@ -1,4 +1,4 @@
-"""Programs that are measured from outside: what they say, what memory their processes use, and what they leave behind."""
+"""Programs that are measured from outside: what they say, the memory they use, and what they leave behind."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 ROOT = Path(__file__).parent.parent
 LONGEST = 120.0  # seconds that a program may take to say something
@@ -46,24 +46,42 @@ class Program:
         self._process.stdin.flush()
 
     def hear(self, meanwhile: Callable[[], object] | None = None) -> dict[str, Any]:
-        """Return what its next line of JSON says; `meanwhile` is called at intervals."""
+        """Return what its next line of JSON says, whatever else it prints; `meanwhile` is called at intervals."""
         assert self._process.stdout
         end = time.monotonic() + LONGEST
+        while not (line := self._line(end, meanwhile)).startswith(b"{"):
+            if not line:
+                self._fail()
+        said: dict[str, Any] = json.loads(line)
+        return said
+
+    def _line(self, end: float, meanwhile: Callable[[], object] | None) -> bytes:
+        assert self._process.stdout
         while not select.select([self._process.stdout], [], [], INTERVAL if meanwhile else LONGEST)[0]:
             if time.monotonic() > end:
                 raise TimeoutError(f"nothing was said for {LONGEST:.0f} seconds")
             if meanwhile:
                 meanwhile()
-        line = self._process.stdout.readline()
-        if not line.startswith(b"{"):
-            raise RuntimeError(self._last_words() or f"it said {line!r}")
-        said: dict[str, Any] = json.loads(line)
-        return said
+        return self._process.stdout.readline()
 
-    def _last_words(self) -> str:
+    def _fail(self) -> NoReturn:
+        """Raise what the program ended with."""
         self.kill()
         assert self._process.stderr
-        return (self._process.stderr.read().decode(errors="replace").strip().splitlines() or [""])[-1]
+        words = (self._process.stderr.read().decode(errors="replace").strip().splitlines() or ["it said nothing"])[-1]
+        if missing := re.match(r"ModuleNotFoundError: No module named '([^']+)'", words):
+            raise ModuleNotFoundError(words, name=missing[1])
+        raise RuntimeError(words)
+
+    def mapped(self) -> set[Path]:
+        """Return the files of /dev/shm that its processes have mapped."""
+        found: set[Path] = set()
+        for pid, _, session in _processes():
+            if session == self.pid:
+                with contextlib.suppress(OSError):
+                    text = Path(f"/proc/{pid}/maps").read_text()
+                    found.update(Path(path) for path in re.findall(r" (/dev/shm/\S+)$", text, re.MULTILINE))
+        return found
 
     def kill(self) -> None:
         """Kill all processes of the session, and wait for their end."""
@@ -130,13 +148,9 @@ def pss(pid: int) -> int:
     return int(match[1]) * 1024 if match else 0
 
 
-def left_behind(label: str, pid: int) -> list[Path]:
-    """Return the files in /dev/shm by the label of a program or its joblib, and anonymous memory that is still held."""
-    found = [
-        path
-        for path in Path("/dev/shm").rglob("*")
-        if path.is_file() and re.search(rf"{label}|joblib_memmapping_folder_{pid}_", str(path))
-    ]
+def still_held(label: str) -> list[Path]:
+    """Return the descriptors, of any process, on anonymous memory with this label."""
+    found = []
     for fd in Path("/proc").glob("[0-9]*/fd/*"):
         with contextlib.suppress(OSError):
             if label in os.readlink(fd):

@@ -17,22 +17,35 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from .measure import MEMCPY, ROUNDS, Measured, Target, holds, quantity, quartiles, times
+from .measure import ROUNDS, Measured, Target, holds, quantity, quartiles, times
 from .rows import question, remarks
 from .session import Session
 
-PACKAGES = (
-    "mpmemory numpy joblib mpire multiprocess ray torch iceoryx2 faster-fifo arrayqueues SharedArray posix_ipc pandas"
-).split()
+PACKAGES = [
+    "mpmemory",
+    "numpy",
+    "pandas",
+    "joblib",
+    "mpire",
+    "multiprocess",
+    "ray",
+    "torch",
+    "iceoryx2",
+    "faster-fifo",
+    "arrayqueues",
+    "SharedArray",
+    "posix_ipc",
+]
 
 HOW = f"""\
 All sides of a comparison run in one process, in turn; a round has one sample of each, and every other round goes
-backwards. A run is {ROUNDS} rounds; a slow side ends after 5, or fewer where a row says so, and is compared with ours of the
-same rounds. A sample is the mean of as many calls as take about 5 ms. A first round is dropped.
+backwards. A run is {ROUNDS} rounds, or fewer for what takes long; a slow side ends after 5, and is compared with ours of
+the same rounds. A sample is the mean of as many calls as take about 5 ms. A first round is dropped.
 
 Each cell has the median. Below it, for peers: how many times as much it takes as ours, the median of the rounds, and in
 brackets the quartiles. More than 1: ours is faster (or smaller). Times of two runs cannot be compared, factors can.
-"Where we lose" lists all that is better than ours by the median, by more than a twentieth, with both quartiles."""
+"Where we lose" lists all that is better than ours by more than a twentieth, by the median and both quartiles; not what
+no way of doing it can beat, like memcpy."""
 
 
 @dataclass
@@ -108,8 +121,8 @@ def _targets(results: Results) -> Iterator[tuple[str, Measured, Target, float]]:
 def _wanted(target: Target, unit: str) -> str:
     limit = target.limit
     return {
-        "faster": f"{limit:g}× faster than {target.peer}" if limit != 1 else f"faster than {target.peer}",
-        "within": f"within {limit:g}× of {target.peer}",
+        "faster": f"{limit:g}x faster than {target.peer}" if limit != 1 else f"faster than {target.peer}",
+        "within": f"within {limit:g}x of {target.peer}",
         "more": f"at most {quantity(limit, unit)} more than {target.peer}",
         "at most": f"at most {quantity(limit, unit)}",
         "at least": f"at least {quantity(limit, unit)}",
@@ -147,7 +160,7 @@ def write(results: Results, folder: Path, drawn: dict[str, dict[str, str]]) -> N
     data = {
         "machine": results.machine,
         "quick": results.session.quick,
-        "skipped": results.session.skipped,
+        "skipped": [{"peer": name, "reason": reason} for name, reason in results.session.skipped],
         "seconds": {row: round(seconds, 1) for row, seconds in results.seconds.items()},
         "rows": {row: [_as_json(measured) for measured in found] for row, found in results.rows.items()},
     }
@@ -199,7 +212,7 @@ def _page(results: Results, drawn: dict[str, dict[str, str]]) -> Iterator[str]:
     yield f"{machine['date']}. " + ", ".join(f"{name} {version}" for name, version in machine["packages"].items()) + "."
     yield from ("", HOW, "")
     if results.session.skipped:
-        reasons = "; ".join(f"{name} ({reason})" for name, reason in results.session.skipped.items())
+        reasons = "; ".join(f"{name} ({reason})" for name, reason in results.session.skipped)
         yield from (f"Skipped: {reasons}.", "")
     yield from ("## Targets", "", f"{held} of {len(found)} hold.", "", *verdicts(results), "")
     for row, measured in results.rows.items():
@@ -245,7 +258,7 @@ def _cell(measured: Measured, side: str) -> str:
 def _losses(found: list[Measured]) -> Iterator[str]:
     for measured in found:
         for peer in measured.peers:
-            if peer == MEMCPY or not measured.samples[peer] or measured.unit == "":
+            if peer in measured.floors or peer.startswith("mpmemory") or not measured.unit:
                 continue
             factors = measured.factors(peer)
             if statistics.median(factors) < 0.95 and quartiles(factors)[1] < 1:

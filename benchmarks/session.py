@@ -19,7 +19,7 @@ class Session:
 
     def __init__(self, *, quick: bool) -> None:
         self.quick = quick
-        self.skipped: dict[str, str] = {}
+        self.skipped: list[tuple[str, str]] = []  # peer and reason
         self._shown = False
         self._row, self._done, self._rows = "", 0, 1
 
@@ -50,8 +50,8 @@ class Session:
 
     def skip(self, name: str, reason: str) -> None:
         """Say once that a peer is left out."""
-        if self.skipped.get(name) != reason:
-            self.skipped[name] = reason
+        if (name, reason) not in self.skipped:
+            self.skipped.append((name, reason))
             self.say(f"skipped: {name}: {reason}")
 
     def say(self, text: str) -> None:

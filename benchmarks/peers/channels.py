@@ -18,8 +18,9 @@ class Channel:
     def __init__(self, most: int) -> None:
         import multiprocessing
 
+        context: Any = multiprocessing.get_context(self.method)
         self.end, there = self.ends(min(most, self.most or most))
-        self.child = multiprocessing.get_context(self.method).Process(target=echo, args=(there,), daemon=True)
+        self.child = context.Process(target=echo, args=(there,), daemon=True)
         self.child.start()
         there.let_go()
 
@@ -152,7 +153,7 @@ class FasterFifo(Channel):
 
 
 class ArrayQueues(Channel):
-    """`arrayqueues.ArrayQueue`, one for each direction; it must be forked. What arrives is a view of a slot of the ring."""
+    """`arrayqueues.ArrayQueue`, one for each direction, to a forked child; what arrives is a view of a slot."""
 
     name = "arrayqueues"
     method = "fork"
@@ -180,7 +181,7 @@ class _ArrayEnd(_End):
 
 
 class Iceoryx(Channel):
-    """`iceoryx2`: publish-subscribe of byte slices, one service for each direction, and an event service to be woken by.
+    """`iceoryx2`: publish-subscribe of byte slices, and an event service to be woken by, one for each direction.
 
     A sample is lent in shared memory, the array is copied into it, and the other side reads it there: natively.
     """

@@ -19,6 +19,9 @@ class Workers:
 
     name = ""
 
+    def __init__(self, workers: int) -> None:
+        raise NotImplementedError
+
     def close(self) -> None:
         """End the workers."""
         raise NotImplementedError
@@ -97,7 +100,7 @@ class Multiprocess(Stock):
 
 
 class Torch(Stock):
-    """`torch.multiprocessing.Pool`: arrays go as tensors, which it moves to shared memory, once, and sends by reference."""
+    """`torch.multiprocessing.Pool`: tensors, each moved to shared memory once and sent by reference."""
 
     name = "torch"
     module = "torch.multiprocessing"
@@ -136,7 +139,7 @@ class Executor(Workers):
 
 
 class Joblib(Workers):
-    """`joblib.Parallel` on loky's workers, which stay; arrays of 1 MB and more go as files that are mapped, its default."""
+    """`joblib.Parallel` on loky's workers, which stay; arguments of 1 MB and more go as mapped files, its default."""
 
     name = "joblib"
 
@@ -176,7 +179,7 @@ class Mpire(Workers):
     def __init__(self, workers: int) -> None:
         from mpire import WorkerPool
 
-        self._make = lambda: WorkerPool(workers, start_method=START_METHOD, keep_alive=True)
+        self._make: Any = partial(WorkerPool, workers, start_method=START_METHOD, keep_alive=True)
         self._pools: dict[str, Any] = {}
 
     def _pool(self, kind: str) -> Any:

@@ -30,11 +30,11 @@ MAIN = [Ours.name, Stock.name, Executor.name, Joblib.name, Ray.name]
 def echo(session: Session) -> Generator[Comparison, None, None]:
     """How long does an array take to a worker and back?
 
-    The array is in private memory, and so is the result, or as good as (joblib, Ray and torch: see below). joblib writes
+    The array is in private memory, and both sides own what they get, but with Ray and torch. joblib writes
     arguments of 1 MB and more to a file, which the worker maps. Ray copies them to its store; what comes back is a
-    read-only array in the store. torch gets tensors, moves each to shared memory once, and sends it there and back by
-    reference: one copy, and the result is shared with the worker.
-    The limit is copying the array twice within one process, between warm buffers: once for each direction.
+    read-only array there. torch gets tensors, moves each to shared memory once, and sends it there and back by
+    reference: one copy, and the result is shared with the worker. The limit is copying the array twice within one
+    process, between warm buffers: once for each direction.
     """
     with contextlib.ExitStack() as stack:
         started = pools(session, stack, list(POOLS))
@@ -49,7 +49,7 @@ def echo(session: Session) -> Generator[Comparison, None, None]:
                 f"{size_of(size)} there and back",
                 [
                     *(Side(pool.name, partial(_echo, pool, array)) for pool in started),
-                    Side(MEMCPY, partial(copy_twice, array, np.ones_like(array))),
+                    Side(MEMCPY, partial(copy_twice, array, np.ones_like(array)), floor=True),
                 ],
                 "echo of an array through a pool",
                 size,
@@ -91,7 +91,7 @@ def _one_way(
                 size_of(size),
                 [
                     *(Side(pool.name, run(pool, array)) for pool in started),
-                    Side(MEMCPY, partial(np.copyto, np.ones_like(array), array)),
+                    Side(MEMCPY, partial(np.copyto, np.ones_like(array), array), floor=True),
                 ],
                 group,
                 size,
@@ -122,10 +122,10 @@ def _keep(pool: Workers, count: int) -> None:
 def shared(session: Session) -> Generator[Comparison, None, None]:
     """What does it cost to give one array to 100 tasks, each of which looks at one number of it?
 
-    Ours: an array of `mpmemory.arrays`. Ray: put into the store, once, before. torch: a tensor moved to shared memory,
-    before. joblib: the array, which it writes to a file at each call ("memmapping"), as it does when one calls it.
-    "by name": each task of a stock Pool attaches to a `SharedMemory`. "copies" are arrays in private memory, one for
-    each task; they are here at 4 MB only, since it takes minutes at 1 GB.
+    Ours: an array of `mpmemory.arrays`. Ray: put into the store, once, before. torch: a tensor moved to shared
+    memory, before. joblib: the array, which it writes to a file at each call ("memmapping"), as it does when one
+    calls it. "by name": each task of a stock Pool attaches to a `SharedMemory`. "copies" are arrays in private
+    memory, one for each task; they are here at 4 MB only, since it takes minutes at 1 GB.
     """
     large, middle, small = (4 * MB, 2 * MB, MB) if session.quick else (GB, 4 * MB, MB)
     with contextlib.ExitStack() as stack:
@@ -146,7 +146,7 @@ def shared(session: Session) -> Generator[Comparison, None, None]:
                 targets = [Target("within", 1.2, sides[-1].name), Target("faster", 5, Joblib.name)]
             else:
                 sides += [Side(f"copies, {pool.name}", partial(_share, pool, array)) for pool in (ours, stock)]
-                sides.append(Side("nothing, mpmemory", partial(_map, ours, tasks.same, 0)))
+                sides.append(Side("nothing, mpmemory", partial(_map, ours, tasks.same, 0), floor=True))
             yield Comparison(
                 f"{size_of(size)} to 100 tasks", sides, f"an array of {size_of(size)} for 100 tasks", targets=targets
             )
@@ -190,7 +190,7 @@ def _frame(rows: int) -> Any:
 
 
 def small_arrays(session: Session) -> Generator[Comparison, None, None]:
-    """What does it take to make 100 small shared arrays, and what do private ones pay for `mpmemory.arrays` when pickled?
+    """What do 100 small shared arrays cost, and what do private ones pay for `mpmemory.arrays` when pickled?
 
     Small ones of ours share slabs. `mpmemory.arrays` looks at each array that multiprocessing pickles.
     """
@@ -199,7 +199,7 @@ def small_arrays(session: Session) -> Generator[Comparison, None, None]:
         [
             Side("mpmemory.arrays", partial(_make_100, partial(arrays.zeros, 100))),
             Side("in SharedMemory each", partial(_make_100, _array_in_shared_memory)),
-            Side("in private memory", partial(_make_100, partial(np.zeros, 100))),
+            Side("in private memory", partial(_make_100, partial(np.zeros, 100)), floor=True),
         ],
         "small arrays",
     )
@@ -209,7 +209,7 @@ def small_arrays(session: Session) -> Generator[Comparison, None, None]:
             f"pickling {array.size} private numbers{remark}",
             [
                 Side("with mpmemory.arrays", partial(ForkingPickler.dumps, array)),
-                Side("without", partial(_Without.dumps, array)),
+                Side("without", partial(_Without.dumps, array), floor=True),
             ],
             "pickling private arrays",
         )

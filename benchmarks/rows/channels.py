@@ -23,9 +23,10 @@ SIZES = (KB, 16 * KB, 128 * KB, MB, 16 * MB, 64 * MB, 256 * MB)
 def handle(session: Session) -> Generator[Comparison, None, None]:
     """What does it cost to send a handle to a child that sends it back, by our Pipe and by the stock one?
 
-    Against an int, which is the price of the two messages alone, and against a socket, which takes the same way through
-    a stock Pipe as a handle does: multiprocessing's resource sharer, two claims, each on a connection of its own.
-    It is latency with one message under way. On one processor, or a busy machine, it measures the scheduler.
+    Against an int, which is the price of the two messages alone, and against a socket, which takes the same way
+    through a stock Pipe as a handle does: multiprocessing's resource sharer, two claims, each on a connection of
+    its own. It is latency with one message under way. On one processor, or a busy machine, it measures the
+    scheduler.
     """
     with contextlib.ExitStack() as stack:
         ours, stock = session.start(stack, [OurPipe, StockPipe], KB)
@@ -41,7 +42,9 @@ def handle(session: Session) -> Generator[Comparison, None, None]:
             "an int, stock Pipe": (stock, 1),
         }
         yield Comparison(
-            "there and back", [Side(name, partial(_pass, *trip)) for name, trip in trips.items()], "handles"
+            "there and back",
+            [Side(name, partial(_pass, *trip), floor="int" in name) for name, trip in trips.items()],
+            "handles",
         )
 
 
@@ -55,8 +58,8 @@ def _pass(channel: Any, item: Any) -> None:
 def message(session: Session) -> Generator[Comparison, None, None]:
     """What does a small message cost, an int there and back, by pipes and queues?
 
-    It is mostly the time to wake up the other process, which depends on where the scheduler has put the two. Queues are
-    one for each direction. iceoryx2 is not here: it carries no Python objects.
+    It is mostly the time to wake up the other process, which depends on where the scheduler has put the two. Queues
+    are one for each direction. iceoryx2 is not here: it carries no Python objects.
     """
     with contextlib.ExitStack() as stack:
         kinds = [OurPipe, StockPipe, OurQueue, StockQueue, FasterFifo]
@@ -71,13 +74,13 @@ def message(session: Session) -> Generator[Comparison, None, None]:
 def echo_pipe(session: Session) -> Generator[Comparison, None, None]:
     """How long does an array take to a child and back, by pipes, queues and native middleware?
 
-    Ours, the stock ones and faster-fifo carry any object, pickled; both sides own what they get. iceoryx2 and arrayqueues
-    carry arrays only. With iceoryx2 the array is copied into a lent sample, which the other side reads in place, and
-    copies into one of its own to send it back; each side waits by an event. arrayqueues hands out a view of a slot that
-    is overwritten later. A torch tensor is moved to shared memory once, and goes there and back by reference: nobody has a
-    copy of his own. faster-fifo and arrayqueues have queues as large as the largest message; the latter is left out
-    above 16 MB, since it writes all of its ring beforehand.
-    The limit is copying the array twice within one process, between warm buffers: once for each direction.
+    Ours, the stock ones and faster-fifo carry any object, pickled; both sides own what they get. iceoryx2 and
+    arrayqueues carry arrays only. With iceoryx2 the array is copied into a lent sample, which the other side reads
+    in place, and copies into one of its own to send it back; each side waits for an event. arrayqueues hands out a
+    view of a slot that is overwritten later. A torch tensor is moved to shared memory once, and goes there and back
+    by reference: nobody has a copy of their own. faster-fifo and arrayqueues have queues as large as the largest
+    message takes; the latter is left out above 16 MB, since it writes all of its ring beforehand. The limit is
+    copying the array twice within one process, between warm buffers: once for each direction.
     """
     sizes = session.sizes(SIZES)
     with contextlib.ExitStack() as stack:
@@ -92,7 +95,7 @@ def echo_pipe(session: Session) -> Generator[Comparison, None, None]:
                         for channel in channels
                         if channel.most is None or size <= channel.most
                     ),
-                    Side(MEMCPY, partial(copy_twice, array, np.ones_like(array))),
+                    Side(MEMCPY, partial(copy_twice, array, np.ones_like(array)), floor=True),
                 ],
                 "echo of an array through a pipe or queue",
                 size,

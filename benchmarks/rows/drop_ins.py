@@ -18,7 +18,7 @@ SIZE = 4096
 
 
 def drop_ins(session: Session) -> Generator[Comparison, None, None]:
-    """What do `SharedMemory` and `ShareableList` of `mpmemory.shared_memory` cost, next to those of the standard library?
+    """What do our `SharedMemory` and `ShareableList` cost, next to those of the standard library?
 
     Attaching is to a block of the same process.
     """

@@ -23,8 +23,8 @@ FLAT = 1.5  # the cost of one among the most, next to that of one among few: mor
 def many_tasks(session: Session) -> Generator[Measured, None, None]:
     """Does a task cost the same among 100 and among 1,000,000?
 
-    Tasks that do nothing, by imap with chunksize 1 and two workers; the time is that of one task. ProcessPoolExecutor and
-    joblib are left out above 100,000 and 10,000, since they take longer.
+    Tasks that do nothing, by imap with chunksize 1 and two workers; the time is that of one task.
+    ProcessPoolExecutor and joblib are left out above 100,000 and 10,000, since they take longer.
     """
     most = {Ours.name: 10**6, Stock.name: 10**6, Executor.name: 10**5, Joblib.name: 10**4}
     counts = (100, 1000) if session.quick else (100, 1000, 10_000, 100_000, 1_000_000)
@@ -40,7 +40,7 @@ def many_tasks(session: Session) -> Generator[Measured, None, None]:
                 "tasks",
                 rounds=max(1, min(15, 50_000 // count)),
             )
-            measured = interleave(comparison, quick=session.quick, tick=session.tick)
+            measured = interleave(comparison, session)
             found.append(measured.scaled(1 / count))
             yield found[-1]
     yield _growth("a task among the most to one among 1,000", found[-1], found[1])
@@ -73,9 +73,9 @@ def many_workers(session: Session) -> Generator[Measured, None, None]:
             "time per worker of a pool",
             count,
             "workers",
-            rounds=3,
+            rounds=5,
         )
-        measured = interleave(comparison, quick=session.quick, tick=session.tick)
+        measured = interleave(comparison, session)
         found.append(measured.scaled(1 / count))
         yield found[-1]
     yield _growth("a worker among the most to one of two", found[-1], found[1])
@@ -87,9 +87,10 @@ def _start(name: str, count: int) -> None:
 
 
 def many_memories(session: Session) -> Generator[Measured, None, None]:
-    """Does one more block of 4 KB cost the same among 10 and among 1,000 that are alive, made and freed; and a handle sent?
+    """Does one more block of 4 KB cost the same among 10 and among 1,000 that are alive, and one more handle sent?
 
-    The handle goes to a worker and back, and so have all others that are alive. 1,000 of ours are 2,000 descriptors.
+    The handle goes to a worker and back, and so have all others that are alive. 1,000 of ours are 2,000
+    descriptors.
     """
     found: list[Measured] = []
     sent: list[Measured] = []
@@ -98,7 +99,7 @@ def many_memories(session: Session) -> Generator[Measured, None, None]:
         (pool,) = pools(session, stack, [Ours.name])
         handles = [stack.enter_context(Memory(4096))]
         alive: dict[str, list[blocks.Block]] = {kind.name: [] for kind in kinds}
-        stack.callback(lambda: [block.free() for each in alive.values() for block in each])
+        stack.callback(_free, alive)
         for count in (10, 20) if session.quick else (10, 100, 1000):
             for kind in kinds:
                 while len(alive[kind.name]) < count:
@@ -112,7 +113,7 @@ def many_memories(session: Session) -> Generator[Measured, None, None]:
                 count,
                 "blocks that are alive",
             )
-            found.append(interleave(one_more, quick=session.quick, tick=session.tick))
+            found.append(interleave(one_more, session))
             yield found[-1]
             trip = Comparison(
                 f"among {len(handles):,} that have been sent",
@@ -121,10 +122,15 @@ def many_memories(session: Session) -> Generator[Measured, None, None]:
                 len(handles),
                 "handles that are alive",
             )
-            sent.append(interleave(trip, quick=session.quick, tick=session.tick))
+            sent.append(interleave(trip, session))
             yield sent[-1]
     yield _growth("a block among the most to one among 10", found[-1], found[0])
     yield _growth("a handle sent among the most to one among few", sent[-1], sent[0])
+
+
+def _free(alive: dict[str, list[blocks.Block]]) -> None:
+    for block in (block for each in alive.values() for block in each):
+        block.free()
 
 
 def _one_more(kind: type[blocks.Block]) -> None:

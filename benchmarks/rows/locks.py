@@ -23,9 +23,9 @@ TURNS = 2000
 def lock(session: Session) -> Generator[Comparison | Measured, None, None]:
     """What do `RangeLock` and `RobustLock` cost, by one process alone and fought for by four, and how fair are they?
 
-    Ours are system calls, also when nobody else wants the lock; `multiprocessing.Lock` is a semaphore in memory, which
-    stays locked for ever when its holder dies. "bare fcntl" is the system calls behind RangeLock. Fairness is the least
-    share of a process to the greatest: 1 is fair.
+    Ours are system calls, also when nobody else wants the lock; `multiprocessing.Lock` is a semaphore in memory,
+    which stays locked for ever when its holder dies. "bare fcntl" is the system calls behind RangeLock. Fairness is
+    the least share of a process to the greatest: 1 is fair.
     """
     memory = Memory(PAGE_SIZE)
     stock = multiprocessing.get_context("fork").Lock()
@@ -36,7 +36,7 @@ def lock(session: Session) -> Generator[Comparison | Measured, None, None]:
             "acquired and released, alone",
             [
                 *(Side(name, partial(_lock, each)) for name, each in locks.items()),
-                Side("bare fcntl", partial(_lock_bare, description)),
+                Side("bare fcntl", partial(_lock_bare, description), floor=True),
             ],
             "locks",
         )
@@ -48,7 +48,7 @@ def lock(session: Session) -> Generator[Comparison | Measured, None, None]:
         [Side(name, partial(_contend, each, fairness[name])) for name, each in locks.items()],
         "locks",
     )
-    yield interleave(contended, quick=session.quick)
+    yield interleave(contended, session)
     yield Measured("fairness, of 1", fairness, "locks", unit="")
 
 

@@ -28,7 +28,7 @@ def create(session: Session) -> Generator[Comparison, None, None]:
         targets = [Target("faster", 1, blocks.Stock.name), Target("within", 1.5, blocks.Bare.name)]
         yield Comparison(
             f"{size_of(size)}, made and freed",
-            [Side(kind.name, partial(_make, kind, size)) for kind in kinds],
+            [Side(kind.name, partial(_make, kind, size), floor=kind is blocks.Bare) for kind in kinds],
             "made, mapped and freed",
             size,
             "size in bytes",
@@ -64,8 +64,8 @@ def fill(session: Session) -> Generator[Comparison, None, None]:
             f"{size_of(size)} from bytes",
             [
                 Side("SharedBuffer.from_bytes", partial(_from_bytes, data)),
-                *(Side(kind.name, partial(_filled, kind, data)) for kind in kinds),
-                Side(MEMCPY, partial(bytearray(size).__setitem__, slice(None), data)),
+                *(Side(kind.name, partial(_filled, kind, data), floor=kind is blocks.Bare) for kind in kinds),
+                Side(MEMCPY, partial(bytearray(size).__setitem__, slice(None), data), floor=True),
             ],
             "made, filled and freed",
             size,
@@ -106,7 +106,9 @@ def live(session: Session) -> Generator[Measured, None, None]:
         ("fds", "", "descriptors"),
         ("memory", "B", "memory"),
     ):
-        yield Measured(what, samples[key], f"{count:,} live blocks of {size // 1000} KB", unit=unit)
+        yield Measured(
+            what, samples[key], f"{count:,} live blocks of {size // 1000} KB", unit=unit, floors=[blocks.Bare.name]
+        )
 
 
 def size_of(size: int) -> str:

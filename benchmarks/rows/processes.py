@@ -25,9 +25,9 @@ MODULES = "multiprocessing's modules"
 def start(session: Session) -> Generator[Comparison, None, None]:
     """How much longer do start and end of a process take if 1 or 100 handles are among its arguments?
 
-    Against no handle, and no handle in a child that imports `mpmemory` all the same, since any handle makes it do so.
-    The child calls `len()`, and the page cache is warm. A child of a program that imports more takes longer, with handles
-    or without.
+    Against no handle, and no handle in a child that imports `mpmemory` all the same, since any handle makes it do
+    so. The child calls `len()`, and the page cache is warm. A child of a program that imports more takes longer,
+    with handles or without.
     """
     with contextlib.ExitStack() as stack:
         handles = [stack.enter_context(Memory(4096)) for _ in range(100)]
@@ -40,7 +40,7 @@ def start(session: Session) -> Generator[Comparison, None, None]:
             }
             yield Comparison(
                 method,
-                [Side(name, partial(_start, method, each)) for name, each in items.items()],
+                [Side(name, partial(_start, method, each), floor="none" in name) for name, each in items.items()],
                 "start and end of a process",
             )
 
@@ -55,10 +55,10 @@ def _start(method: str, items: Sequence[object]) -> None:
 
 
 def imports(session: Session) -> Generator[Comparison, None, None]:
-    """How much longer does a fresh interpreter take for `import mpmemory` than for the modules of multiprocessing behind it?
+    """How much longer does `import mpmemory` take than the modules of multiprocessing behind it?
 
-    With compiled modules. With PYTHONDONTWRITEBYTECODE set, or in a folder that cannot be written to, each interpreter
-    compiles the package again.
+    In a fresh interpreter, with compiled modules. With PYTHONDONTWRITEBYTECODE set, or in a folder that cannot be
+    written to, each interpreter compiles the package again.
     """
     programs = {
         "import mpmemory": "import mpmemory",
@@ -67,7 +67,7 @@ def imports(session: Session) -> Generator[Comparison, None, None]:
     }
     yield Comparison(
         "python -c",
-        [Side(name, partial(_python, code)) for name, code in programs.items()],
+        [Side(name, partial(_python, code), floor="mpmemory" not in name) for name, code in programs.items()],
         "a fresh interpreter",
         targets=[Target("more", 0.015, MODULES)],
     )
@@ -82,8 +82,9 @@ def program(session: Session) -> Generator[Measured, None, None]:
 
     The time is from the start of the interpreter until the first result is printed, imports included. Memory is the
     proportional set size (PSS) of the program and all that descends from it: with the workers idle after the first
-    task, and its peak while an array of 64 MB goes to a worker and back three times, looked at every 20 ms. Pages of
-    shared memory that no process has mapped are not in it. mpire, in this use, has one pool for each kind of call.
+    task, and its peak while an array of 64 MB goes to a worker and back three times, looked at every 20 ms. Pages
+    of shared memory that no process has mapped are not in it. mpire, in this use, has one pool for each kind of
+    call.
     """
     size = 1 << 20 if session.quick else 64 << 20
 

@@ -23,13 +23,13 @@ def gather(
     A program that fails is skipped with a word.
     """
     samples: dict[str, dict[str, list[float]]] = defaultdict(dict)
-    names = list(names)
+    names, failed = list(names), set()
     for number in range(1 if session.quick else ROUNDS):
         for name in names if number % 2 else reversed(names):
-            if name in session.skipped:
-                continue
-            with session.attempt(name), shielded(), closing(Program(*arguments(name))) as program:
-                for key, value in use(program).items():
-                    samples[key].setdefault(name, []).append(value)
-    order = {name: None for name in names}
-    return {key: {name: found[name] for name in order if name in found} for key, found in samples.items()}
+            if name not in failed:
+                failed.add(name)
+                with session.attempt(name), shielded(), closing(Program(*arguments(name))) as program:
+                    for key, value in use(program).items():
+                        samples[key].setdefault(name, []).append(value)
+                    failed.remove(name)
+    return {key: {name: found[name] for name in names if name in found} for key, found in samples.items()}

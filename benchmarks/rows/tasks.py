@@ -10,7 +10,7 @@ from typing import Any
 from mpmemory import Memory
 
 from .. import tasks
-from ..measure import Comparison, Side, Target
+from ..measure import Comparison, Side, Target, shielded
 from ..peers.pools import POOLS, Ours, Stock, Torch, Workers
 from ..session import Session
 
@@ -19,18 +19,20 @@ COUNT = 1000
 
 def pools(session: Session, stack: contextlib.ExitStack, names: list[str], workers: int = 2) -> list[Workers]:
     """Start pools, and let all of their workers work."""
-    started = session.start(stack, [POOLS[name] for name in names], workers)
-    for pool in started:
-        pool.map(tasks.same, range(10 * workers))
-    return started
+    working = []
+    for pool in session.start(stack, [POOLS[name] for name in names], workers):
+        with session.attempt(pool.name), shielded():
+            pool.map(tasks.same, range(10 * workers))
+            working.append(pool)
+    return working
 
 
 def noop(session: Session) -> Generator[Comparison, None, None]:
     """What does a task cost that does nothing: one at a time (apply), 1,000 by map, 1,000 by imap, with 1 to 8 workers?
 
-    Tasks go one by one: chunksize 1 (joblib: batch_size 1). Chunks make all of them cheaper; then it is the chunk that
-    costs this. torch is not here: its Pool is the stock one. With more workers than processors it is the scheduler that
-    is measured.
+    Tasks go one by one: chunksize 1 (joblib: batch_size 1). Chunks make all of them cheaper; then it is the chunk
+    that costs this. torch is not here: its Pool is the stock one. With more workers than processors it is the
+    scheduler that is measured.
     """
     names = [name for name in POOLS if name != Torch.name]
     for workers in (1, 2) if session.quick else (1, 2, 4, 8):
@@ -83,9 +85,9 @@ def handle_pool(session: Session) -> Generator[Comparison, None, None]:
             "there and back",
             [
                 Side("a handle, mpmemory", partial(_echo_handle, ours, memory)),
-                Side("an int, mpmemory", partial(ours.apply, tasks.same, 1)),
+                Side("an int, mpmemory", partial(ours.apply, tasks.same, 1), floor=True),
                 Side("a handle, multiprocessing", partial(_echo_handle, stock, memory)),
-                Side("an int, multiprocessing", partial(stock.apply, tasks.same, 1)),
+                Side("an int, multiprocessing", partial(stock.apply, tasks.same, 1), floor=True),
             ],
             "handles through a pool",
             targets=[Target("within", 1.3, "an int, mpmemory")],
