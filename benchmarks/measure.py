@@ -14,10 +14,13 @@ from typing import Protocol
 
 ROUNDS = 31
 LEAST_ROUNDS = 5
+LEAST_ROUNDS_OF_THE_SLOWEST = 3
 QUICK_ROUNDS = 2
 SIDE_SECONDS = 0.5  # a side that has taken more than this is left out of further rounds, once it has had the least
+SLOWEST_SECONDS = 5.0  # and the least is less for one that has taken more than this
 SAMPLE_SECONDS = 0.005  # a sample is the mean of as many calls as take about this long
 MOST_CALLS = 1000
+WARM_SECONDS = 0.25  # before each sample there is a call that does not count, unless it takes more than this
 
 NEVER = math.inf  # the sample of what did not end
 
@@ -147,6 +150,8 @@ def interleave(comparison: Comparison, watcher: Watcher) -> Measured:
     """Sample all sides in turn, every other round backwards, so that no side always follows the same one.
 
     A first round is dropped: it fills caches, starts helpers and threads, and tells how many calls make a sample.
+    Before each sample there is a call that does not count, so that what keeps memory warm for some seconds finds it
+    so, however long the others take: this is about what is done again and again.
     A side that is slow is left out of the later rounds, and one that fails of all; but what ours raises is raised.
     """
     quick = watcher.quick
@@ -157,11 +162,14 @@ def interleave(comparison: Comparison, watcher: Watcher) -> Measured:
     samples: dict[str, list[float]] = {side.name: [] for side in sides}
     spent = dict.fromkeys(samples, 0.0)
     calls = dict.fromkeys(samples, 1)
+    warm = dict.fromkeys(samples, False)
 
     def sample(side: Side) -> float:
         """Take a sample; a peer that fails is forgotten."""
         start, seconds = perf_counter(), math.nan
         with contextlib.nullcontext() if side is ours else watcher.attempt(side.name):
+            if warm[side.name]:
+                _time(side.run, 1)
             seconds = _time(side.run, calls[side.name])
         spent[side.name] += perf_counter() - start
         if math.isnan(seconds):
@@ -174,12 +182,13 @@ def interleave(comparison: Comparison, watcher: Watcher) -> Measured:
         if side in sides and not quick:
             seconds = first if first > SAMPLE_SECONDS else sample(side)
             calls[side.name] = max(1, min(MOST_CALLS, int(SAMPLE_SECONDS / seconds)))
+            warm[side.name] = seconds < WARM_SECONDS
     spent = dict.fromkeys(spent, 0.0)
     for number in range(rounds):
         watcher.tick(number / rounds)
         for side in list(sides if number % 2 else reversed(sides)):
             # Ours is in all rounds, as the measure of the others.
-            if number < least or side is ours or spent[side.name] < SIDE_SECONDS:
+            if side is ours or number < _least(least, spent[side.name]) or spent[side.name] < SIDE_SECONDS:
                 seconds = sample(side)
                 if side in sides:
                     samples[side.name].append(seconds)
@@ -194,6 +203,10 @@ def interleave(comparison: Comparison, watcher: Watcher) -> Measured:
         targets=comparison.targets,
         floors=[side.name for side in sides if side.floor],
     )
+
+
+def _least(rounds: int, spent: float) -> int:
+    return min(rounds, LEAST_ROUNDS_OF_THE_SLOWEST) if spent > SLOWEST_SECONDS else rounds
 
 
 def _time(run: Callable[[], object], calls: int) -> float:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,7 +18,9 @@ LEAST_POINTS = 2
 
 def draw(results: Results, folder: Path) -> dict[str, dict[str, str]]:
     """Write an SVG for each group of a row with an x axis, and return their names: {row: {group: file name}}."""
-    if importlib.util.find_spec("matplotlib") is None:
+    try:
+        import matplotlib  # noqa: F401 (it is asked for once, here)
+    except ImportError:
         results.session.say("skipped: plots: matplotlib is not installed")
         return {}
     drawn: dict[str, dict[str, str]] = {}

@@ -39,13 +39,17 @@ PACKAGES = [
 
 HOW = f"""\
 All sides of a comparison run in one process, in turn; a round has one sample of each, and every other round goes
-backwards. A run is {ROUNDS} rounds, or fewer for what takes long; a slow side ends after 5, and is compared with ours of
-the same rounds. A sample is the mean of as many calls as take about 5 ms. A first round is dropped.
+backwards. A run is {ROUNDS} rounds, or fewer for what takes long. A slow side ends after 5 rounds, or 3 if these took
+seconds each, and is compared with ours of the same rounds. A sample is the mean of as many calls as take about 5 ms. A
+first round is dropped.
+
+Before each sample there is a call that does not count, if it takes less than a quarter of a second: this is about what
+is done again and again. What is done once, or after a pause of seconds, finds colder memory.
 
 Each cell has the median. Below it, for peers: how many times as much it takes as ours, the median of the rounds, and in
 brackets the quartiles. More than 1: ours is faster (or smaller). Times of two runs cannot be compared, factors can.
-"Where we lose" lists all that is better than ours by more than a twentieth, by the median and both quartiles; not what
-no way of doing it can beat, like memcpy."""
+"Where we lose" lists all that is better than ours by more than a twentieth, by the median and both quartiles; but not
+what nothing can beat, like memcpy."""
 
 
 @dataclass

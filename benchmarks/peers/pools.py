@@ -147,6 +147,9 @@ class Joblib(Workers):
         from joblib import Parallel, delayed
         from joblib.externals.loky import get_reusable_executor
 
+        if workers == 1:
+            raise ValueError("one worker is the calling process itself")
+
         self._workers, self._delayed, self._executor = workers, delayed, get_reusable_executor
         self._parallel = partial(Parallel, n_jobs=workers, batch_size=1)  # one for each call; the workers stay
 

@@ -35,6 +35,7 @@ def noop(session: Session) -> Generator[Comparison, None, None]:
     scheduler that is measured.
     """
     names = [name for name in POOLS if name != Torch.name]
+    count = COUNT // 10 if session.quick else COUNT
     for workers in (1, 2) if session.quick else (1, 2, 4, 8):
         with contextlib.ExitStack() as stack:
             started = pools(session, stack, names, workers)
@@ -46,7 +47,7 @@ def noop(session: Session) -> Generator[Comparison, None, None]:
                 targets = [Target("faster", target, Stock.name)] if target and workers == 2 else []
                 yield Comparison(
                     f"{what}, {workers} worker{'s' * (workers > 1)}",
-                    [Side(pool.name, _noops(what, pool)) for pool in started],
+                    [Side(pool.name, _noops(what, pool, count)) for pool in started],
                     group,
                     workers,
                     "workers",
@@ -54,10 +55,10 @@ def noop(session: Session) -> Generator[Comparison, None, None]:
                 )
 
 
-def _noops(what: str, pool: Workers) -> Any:
+def _noops(what: str, pool: Workers, count: int) -> Any:
     if what == "apply":
         return partial(pool.apply, tasks.same, 1)
-    return partial(_map if what == "map" else _imap, pool, COUNT)
+    return partial(_map if what == "map" else _imap, pool, count)
 
 
 def _map(pool: Workers, count: int) -> None:
