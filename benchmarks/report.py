@@ -18,6 +18,9 @@ from pathlib import Path
 from typing import Any
 
 from .measure import ROUNDS, Measured, Target, holds, quantity, quartiles, times
+from .peers.blocks import BLOCKS
+from .peers.channels import CHANNELS
+from .peers.pools import POOLS
 from .rows import question, remarks
 from .session import Session
 
@@ -160,7 +163,7 @@ def verdicts(results: Results) -> Iterator[str]:
 
 
 def write(results: Results, folder: Path, drawn: dict[str, dict[str, str]]) -> None:
-    """Write results.json and results.md; `drawn` has the plots of rows: {row: {title: file name}}."""
+    """Write results.json and results.md; `drawn` has the plots of rows: {row: {group: file name}}."""
     data = {
         "machine": results.machine,
         "quick": results.session.quick,
@@ -221,6 +224,11 @@ def _page(results: Results, drawn: dict[str, dict[str, str]]) -> Iterator[str]:
     yield from ("## Targets", "", f"{held} of {len(found)} hold.", "", *verdicts(results), "")
     for row, measured in results.rows.items():
         yield from _section(row, measured, drawn.get(row, {}))
+    yield from ("## Systems", "", "How each was used:", "")
+    shown = {side for found in results.rows.values() for measured in found for side in measured.samples}
+    for name, kind in (*POOLS.items(), *CHANNELS.items(), *BLOCKS.items()):
+        if name in shown:
+            yield f"- **{name}**: {(kind.__doc__ or '').partition(chr(10))[0]}"
 
 
 def _section(row: str, found: list[Measured], drawn: dict[str, str]) -> Iterator[str]:
