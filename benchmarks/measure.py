@@ -142,8 +142,8 @@ class Watcher(Protocol):
     def tick(self, part: float) -> None:
         """Take note that so much of a comparison is done, from 0 to 1."""
 
-    def attempt(self, name: str) -> contextlib.AbstractContextManager[None]:
-        """Suppress and note what the side `name` raises in the block."""
+    def attempt(self, name: str, *, ours: bool) -> contextlib.AbstractContextManager[None]:
+        """Suppress and note what the side `name` raises in the block, if it is not ours."""
 
 
 def interleave(comparison: Comparison, watcher: Watcher) -> Measured:
@@ -167,7 +167,7 @@ def interleave(comparison: Comparison, watcher: Watcher) -> Measured:
     def sample(side: Side) -> float:
         """Take a sample; a peer that fails is forgotten."""
         start, seconds = perf_counter(), math.nan
-        with contextlib.nullcontext() if side is ours else watcher.attempt(side.name):
+        with watcher.attempt(side.name, ours=side is ours):
             if warm[side.name]:
                 _time(side.run, 1)
             seconds = _time(side.run, calls[side.name])

@@ -8,6 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from .measure import MEMCPY, Measured, quantity
+from .peers.blocks import BLOCKS
+from .peers.channels import CHANNELS
+from .peers.pools import POOLS
 from .report import Results
 
 # Okabe and Ito's colours, which can be told apart with any colour vision; markers differ, too. Ours is the thick one.
@@ -76,7 +79,8 @@ def _style(side: str, ours: str, sides: Sequence[str]) -> dict[str, Any]:
         return {"color": "black", "linestyle": "--", "linewidth": 1.2}
     if side == ours:
         return {"color": COLOURS[0], "marker": MARKERS[0], "linewidth": 3, "zorder": 5}
-    number = 1 + [each for each in sides if each not in (ours, MEMCPY)].index(side) % (len(COLOURS) - 1)
+    registry = next((list(each) for each in (POOLS, CHANNELS, BLOCKS) if side in each), sides)
+    number = 1 + (registry.index(side) - 1) % (len(COLOURS) - 1)  # the same colour in all plots, whoever is missing
     return {"color": COLOURS[number], "marker": MARKERS[number], "linewidth": 1.4, "markersize": 5}
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, TypeVar
 
 from .measure import shielded
@@ -28,24 +28,32 @@ class Session:
         return [size for size in sizes if size <= most][:2] if self.quick else sizes
 
     def start(self, stack: contextlib.ExitStack, kinds: Iterable[Callable[..., Peer]], *args: Any) -> list[Peer]:
-        """Start peers, each closed by `stack`; those that are not installed or fail are skipped with a word."""
-        started = []
+        """Start ours, which comes first, and the peers; `stack` closes them.
+
+        Peers that are not installed or fail are skipped with a word.
+        """
+        started: list[Peer] = []
         for kind in kinds:
-            with self.attempt(str(getattr(kind, "name", kind))), shielded():
+            with self.attempt(str(getattr(kind, "name", kind)), ours=not started), shielded():
                 peer: Any = kind(*args)
                 stack.callback(peer.close)
                 started.append(peer)
         return started
 
     @contextlib.contextmanager
-    def attempt(self, name: str) -> Any:
-        """Skip the peer `name` if it is not installed, or fails, in the block."""
+    def attempt(self, name: str, *, ours: bool = False) -> Iterator[None]:
+        """Skip the peer `name` if it is not installed, or fails, in the block; what ours raises is raised."""
         try:
             yield
-        except ImportError as error:
-            missing = (error.name or "").partition(".")[0]
-            self.skip(name, f"{missing} is not installed" if isinstance(error, ModuleNotFoundError) else str(error))
-        except Exception as error:  # whatever it is: the others can still be measured
+        except Exception as error:
+            if ours:
+                raise
+            self._skip_for(name, error)
+
+    def _skip_for(self, name: str, error: Exception) -> None:
+        if isinstance(error, ModuleNotFoundError) and error.name:
+            self.skip(name, f"{error.name.partition('.')[0]} is not installed")
+        else:
             self.skip(name, f"{type(error).__name__}: {error}".splitlines()[0])
 
     def skip(self, name: str, reason: str) -> None:

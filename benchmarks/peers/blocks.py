@@ -10,7 +10,7 @@ from multiprocessing.shared_memory import SharedMemory
 from typing import Any
 
 import mpmemory
-from mpmemory import Memory, Seal, SharedBuffer
+from mpmemory import Memory, Seal, SharedBuffer, arrays
 
 # The flags that the library uses here. MFD_NOEXEC_SEAL (0x8) is not in Python, and only in Linux 6.3 on.
 MEMFD_FLAGS = os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING | (0x8 if Seal.EXEC in Memory(0).seals else 0)
@@ -65,6 +65,23 @@ class _ByName(Block):
         self._memory.unlink()
 
 
+class _Array(Block):
+    def fill(self, data: bytes) -> None:
+        memoryview(self.view)[:] = data
+
+    def free(self) -> None:
+        del self.view
+
+
+class OurArray(_Array):
+    """`mpmemory.arrays.empty`; small ones share memory."""
+
+    name = "mpmemory.arrays"
+
+    def __init__(self, size: int, label: str | None = None) -> None:
+        self.view = arrays.empty(size, "u1")
+
+
 class OurSharedMemory(_ByName):
     """`mpmemory.shared_memory.SharedMemory`, the drop-in."""
 
@@ -117,7 +134,7 @@ class PosixIpc(Block):
         self._memory.unlink()
 
 
-class SharedArray(Block):
+class SharedArray(_Array):
     """`SharedArray.create`: an array with a name."""
 
     name = "SharedArray"
@@ -129,15 +146,12 @@ class SharedArray(Block):
         self._name = f"shm://{label or f'mpmemory-{os.getpid()}'}-{next(_numbers)}"
         self.view = SharedArray.create(self._name, size, "u1")
 
-    def fill(self, data: bytes) -> None:
-        memoryview(self.view)[:] = data
-
     def free(self) -> None:
-        del self.view
+        super().free()
         self._delete(self._name)
 
 
-class Torch(Block):
+class Torch(_Array):
     """`torch.Tensor.share_memory_`."""
 
     name = "torch"
@@ -147,13 +161,7 @@ class Torch(Block):
 
         self.view = torch.empty(size, dtype=torch.uint8).share_memory_().numpy()
 
-    def fill(self, data: bytes) -> None:
-        memoryview(self.view)[:] = data
-
-    def free(self) -> None:
-        del self.view
-
 
 BLOCKS: dict[str, type[Block]] = {
-    kind.name: kind for kind in (Ours, OurSharedMemory, Stock, Bare, PosixIpc, SharedArray, Torch)
+    kind.name: kind for kind in (Ours, OurArray, OurSharedMemory, Stock, Bare, PosixIpc, SharedArray, Torch)
 }

@@ -32,7 +32,7 @@ def worker_killed(session: Session) -> Generator[Measured, None, None]:
     yield Measured("done afterwards, of 10", samples["after"], GROUP, unit="", targets=[Target("at least", TASKS)])
 
 
-def _deaths(program: Program) -> Values:
+def _deaths(program: Program, _: str) -> Values:
     return {key: NEVER if value is None else value for key, value in program.hear().items()}
 
 
@@ -50,11 +50,8 @@ def tree_killed(session: Session) -> Generator[Measured, None, None]:
     def arguments(name: str) -> list[str]:
         return ["hold", name, str(size), _label(name)]
 
-    samples: dict[str, list[float]] = {}
-    for name in names:
-        found = gather(session, [name], arguments, lambda program, name=name: _kill(program, name))  # type: ignore[misc]
-        samples.update(found.get("left", {}))
-    yield Measured("left behind", samples, "the whole tree is killed", unit="B", targets=[Target("at most", 0)])
+    samples = gather(session, names, arguments, _kill)
+    yield Measured("left behind", samples["left"], "the whole tree is killed", unit="B", targets=[Target("at most", 0)])
 
 
 def _label(name: str) -> str:

@@ -98,7 +98,7 @@ def live(session: Session) -> Generator[Measured, None, None]:
         session,
         BLOCKS,
         lambda name: ["live", name, str(count), str(size)],
-        lambda program: program.hear(),
+        lambda program, _: program.hear(),
     )
     for key, unit, what in (
         ("seconds", "s", "time to make and fill them"),

@@ -88,7 +88,7 @@ def program(session: Session) -> Generator[Measured, None, None]:
     """
     size = 1 << 20 if session.quick else 64 << 20
 
-    def use(program: Program) -> Values:
+    def use(program: Program, _: str) -> Values:
         program.hear()
         seconds = time.perf_counter() - program.started
         idle = sum(pss(pid) for pid in tree(program.pid))

@@ -19,9 +19,9 @@ COUNT = 1000
 
 def pools(session: Session, stack: contextlib.ExitStack, names: list[str], workers: int = 2) -> list[Workers]:
     """Start pools, and let all of their workers work."""
-    working = []
+    working: list[Workers] = []
     for pool in session.start(stack, [POOLS[name] for name in names], workers):
-        with session.attempt(pool.name), shielded():
+        with session.attempt(pool.name, ours=not working), shielded():
             pool.map(tasks.same, range(10 * workers))
             working.append(pool)
     return working
