@@ -248,4 +248,6 @@ def times(factor: float) -> str:
     """Format a factor."""
     if factor == math.inf:
         return "∞"
-    return f"{factor:.0f}x" if factor >= 20 else f"{factor:.1f}x" if factor >= 2 else f"{factor:.2f}x"
+    if factor >= 20:
+        return f"{factor:.0f}x"
+    return f"{factor:.1f}x" if factor >= 2 else f"{factor:.2f}x" if factor >= 0.1 or factor == 0 else f"{factor:.1g}x"

@@ -274,7 +274,7 @@ def _losses(found: list[Measured]) -> Iterator[str]:
                 continue
             factors = measured.factors(peer)
             if statistics.median(factors) < 0.95 and quartiles(factors)[1] < 1:
-                yield f"{measured.what}: {peer} takes {times(statistics.median(factors))}"
+                yield f"{measured.what}: {peer} ({times(statistics.median(factors))})"
 
 
 def _capital(text: str) -> str:
