@@ -3,76 +3,213 @@
 from __future__ import annotations
 
 import contextlib
-import os
-import platform
+import math
 import signal
 import statistics
-import sys
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from multiprocessing import resource_tracker
 from time import perf_counter
+from typing import Protocol
 
 ROUNDS = 31
-QUICK_ROUNDS = 3
-QUICK_CALLS = 2
+LEAST_ROUNDS = 5
+LEAST_ROUNDS_OF_THE_SLOWEST = 3
+QUICK_ROUNDS = 2
+SIDE_SECONDS = 0.5  # a side that has taken more than this is left out of further rounds, once it has had the least
+SLOWEST_SECONDS = 5.0  # and the least is less for one that has taken more than this
+SAMPLE_SECONDS = 0.005  # a sample is the mean of as many calls as take about this long
+MOST_CALLS = 1000
+WARM_SECONDS = 0.25  # before each sample there is a call that does not count, unless it takes more than this
 
-_LINE = "{:<13} {:<40} {:>9}  {:<27} {:>9}  {:>6}  {:>14}  {:>10}"
+NEVER = math.inf  # the sample of what did not end
+
+MEMCPY = "memcpy"  # the side that is the limit of what can be reached: plots draw it apart
 
 
 @dataclass(frozen=True)
 class Side:
-    """One way to do the work."""
+    """One way to do the work; the first one of a comparison is ours."""
 
     name: str
     run: Callable[[], object]
+    floor: bool = False  # no rival, but what it takes at least
+
+
+@dataclass(frozen=True)
+class Target:
+    """What ours must reach.
+
+    - "faster": the peer takes at least `limit` times as long as ours.
+    - "within": ours takes at most `limit` times as long as the peer.
+    - "more": ours takes at most `limit` more than the peer.
+    - "at most", "at least": what ours is at the median; without a peer.
+    """
+
+    kind: str
+    limit: float
+    peer: str | None = None
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """The same work done by us and by peers; a sample is the mean of `calls` calls in a row."""
+    """The same work done by us and by peers.
 
-    calls: int
-    ours: Side
-    peers: tuple[Side, ...]
+    `group` names the table (and the plot) it belongs to, `x` is its place there, and `axis` says what that is.
+    """
+
+    what: str
+    sides: Sequence[Side]
+    group: str = ""
+    x: float | None = None
+    axis: str = ""
+    targets: Sequence[Target] = ()
+    rounds: int = ROUNDS
 
 
 @dataclass(frozen=True)
-class Result:
-    """Seconds per call: one sample for each round, ours and the peer's taken next to each other."""
+class Measured:
+    """The samples of each side, in the order of rounds: those of a slow side end earlier.
 
-    ours: list[float]
-    peer: list[float]
-
-    @property
-    def ratios(self) -> list[float]:
-        return [mine / other for mine, other in zip(self.ours, self.peer, strict=True)]
-
-    @property
-    def differences(self) -> list[float]:
-        return [mine - other for mine, other in zip(self.ours, self.peer, strict=True)]
-
-
-def interleave(comparison: Comparison, *, quick: bool = False) -> dict[str, Result]:
-    """Sample all sides in turn for some rounds, and return our samples with those of each peer, by its name.
-
-    A first round is dropped: it fills caches, starts helpers and threads. Every other round runs
-    backwards, so that no side always follows the same one.
+    They are times ("s"), bytes ("B") or just numbers ("").
     """
-    rounds = QUICK_ROUNDS if quick else ROUNDS
-    calls = min(comparison.calls, QUICK_CALLS) if quick else comparison.calls
-    sides = [comparison.ours, *comparison.peers]
+
+    what: str
+    samples: dict[str, list[float]]
+    group: str = ""
+    x: float | None = None
+    axis: str = ""
+    unit: str = "s"
+    targets: Sequence[Target] = ()
+    floors: Sequence[str] = ()
+
+    @property
+    def ours(self) -> str:
+        return next(iter(self.samples))
+
+    @property
+    def peers(self) -> list[str]:
+        return list(self.samples)[1:]
+
+    def median(self, side: str) -> float:
+        return statistics.median(self.samples[side])
+
+    def factors(self, peer: str) -> list[float]:
+        """How many times as much as ours the peer takes, round by round."""
+        return [
+            _divide(theirs, mine) for mine, theirs in zip(self.samples[self.ours], self.samples[peer], strict=False)
+        ]
+
+    def scaled(self, factor: float) -> Measured:
+        """Return the same with all samples multiplied by `factor`."""
+        return replace(self, samples={side: [value * factor for value in each] for side, each in self.samples.items()})
+
+    def reached(self, target: Target) -> float | None:
+        """Return what compares to the limit of `target`, or None if its peer was not measured."""
+        if target.peer is None:
+            return self.median(self.ours)
+        if target.peer not in self.samples:
+            return None
+        if target.kind == "more":
+            pairs = zip(self.samples[self.ours], self.samples[target.peer], strict=False)
+            return statistics.median(mine - theirs for mine, theirs in pairs)
+        factor = statistics.median(self.factors(target.peer))
+        return factor if target.kind == "faster" else _divide(1, factor)
+
+
+def holds(target: Target, reached: float) -> bool:
+    """Tell whether what was reached is what is wanted."""
+    return reached >= target.limit if target.kind in {"faster", "at least"} else reached <= target.limit
+
+
+def quartiles(values: Sequence[float]) -> tuple[float, float]:
+    """Return the lower and the upper quartile, which are samples: `NEVER` can be among them."""
+    ordered = sorted(values)
+    return ordered[(len(ordered) - 1) // 4], ordered[-1 - (len(ordered) - 1) // 4]
+
+
+def _divide(a: float, b: float) -> float:
+    if b == 0 or a == b:  # nothing next to nothing; never next to never
+        return 1.0 if a == b else math.inf
+    return a / b
+
+
+class Watcher(Protocol):
+    """Who is told how it goes."""
+
+    quick: bool
+
+    def tick(self, part: float) -> None:
+        """Take note that so much of a comparison is done, from 0 to 1."""
+
+    def attempt(self, name: str, *, ours: bool) -> contextlib.AbstractContextManager[None]:
+        """Suppress and note what the side `name` raises in the block, if it is not ours."""
+
+
+def interleave(comparison: Comparison, watcher: Watcher) -> Measured:
+    """Sample all sides in turn, every other round backwards, so that no side always follows the same one.
+
+    A first round is dropped: it fills caches, starts helpers and threads, and tells how many calls make a sample.
+    Before each sample there is a call that does not count, so that what keeps memory warm for some seconds finds it
+    so, however long the others take: this is about what is done again and again.
+    A side that is slow is left out of the later rounds, and one that fails of all; but what ours raises is raised.
+    """
+    quick = watcher.quick
+    rounds = min(comparison.rounds, QUICK_ROUNDS) if quick else comparison.rounds
+    least = min(LEAST_ROUNDS, rounds)
+    sides = list(comparison.sides)
+    ours = sides[0]
     samples: dict[str, list[float]] = {side.name: [] for side in sides}
-    for number in range(rounds + 1):
-        for side in sides if number % 2 else reversed(sides):
-            seconds = _sample(side.run, calls)
-            if number:
-                samples[side.name].append(seconds)
-    ours = samples[comparison.ours.name]
-    return {peer.name: Result(ours, samples[peer.name]) for peer in comparison.peers}
+    spent = dict.fromkeys(samples, 0.0)
+    calls = dict.fromkeys(samples, 1)
+    warm = dict.fromkeys(samples, False)
+
+    def sample(side: Side) -> float:
+        """Take a sample; a peer that fails is forgotten."""
+        start, seconds = perf_counter(), math.nan
+        with watcher.attempt(side.name, ours=side is ours):
+            if warm[side.name]:
+                _time(side.run, 1)
+            seconds = _time(side.run, calls[side.name])
+        spent[side.name] += perf_counter() - start
+        if math.isnan(seconds):
+            sides.remove(side)
+            del samples[side.name], spent[side.name]
+        return seconds
+
+    for side in list(sides) if rounds > 1 else []:
+        first = sample(side)
+        if side in sides and not quick:
+            seconds = first if first > SAMPLE_SECONDS else sample(side)
+            calls[side.name] = max(1, min(MOST_CALLS, int(SAMPLE_SECONDS / seconds)))
+            warm[side.name] = seconds < WARM_SECONDS
+    spent = dict.fromkeys(spent, 0.0)
+    for number in range(rounds):
+        watcher.tick(number / rounds)
+        for side in list(sides if number % 2 else reversed(sides)):
+            # Ours is in all rounds, as the measure of the others.
+            if side is ours or number < _least(least, spent[side.name]) or spent[side.name] < SIDE_SECONDS:
+                seconds = sample(side)
+                if side in sides:
+                    samples[side.name].append(seconds)
+        if number + 1 >= least and min(spent.values()) > SIDE_SECONDS:
+            break
+    return Measured(
+        comparison.what,
+        samples,
+        comparison.group,
+        comparison.x,
+        comparison.axis,
+        targets=comparison.targets,
+        floors=[side.name for side in sides if side.floor],
+    )
 
 
-def _sample(run: Callable[[], object], calls: int) -> float:
+def _least(rounds: int, spent: float) -> int:
+    return min(rounds, LEAST_ROUNDS_OF_THE_SLOWEST) if spent > SLOWEST_SECONDS else rounds
+
+
+def _time(run: Callable[[], object], calls: int) -> float:
     with shielded():  # a claim or a child cut off in the middle would print tracebacks of its own
         start = perf_counter()
         for _ in range(calls):
@@ -91,41 +228,26 @@ def shielded() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def header(*, quick: bool) -> str:
-    """Say where this runs, and name the columns."""
-    rounds = f"{QUICK_ROUNDS} rounds (a smoke test: the numbers mean nothing)" if quick else f"{ROUNDS} rounds"
-    remarks = ["ratio: ours / against, below 1 is faster; difference: ours - against; all are medians"]
-    if sys.dont_write_bytecode:
-        remarks.append("PYTHONDONTWRITEBYTECODE is set: new interpreters may compile mpmemory again (start, import)")
-    return "\n".join(
-        [
-            f"{platform.python_implementation()} {platform.python_version()}, {platform.system()} "
-            f"{platform.release()} {platform.machine()}, {os.cpu_count()} CPUs, {rounds}",
-            *remarks,
-            "",
-            _LINE.format("row", "ours", "median", "against", "median", "ratio", "min..max", "difference"),
-        ]
-    )
+def quantity(value: float, unit: str) -> str:
+    """Format a sample with three digits or so."""
+    if value == NEVER:
+        return "never"
+    if unit == "s":
+        steps = (1e-6, "ns", 1e9), (1e-3, "µs", 1e6), (1.0, "ms", 1e3), (math.inf, "s", 1.0)
+    elif unit == "B":
+        steps = (1e3, "B", 1.0), (1e6, "KB", 1e-3), (1e9, "MB", 1e-6), (math.inf, "GB", 1e-9)
+    else:
+        return f"{value:,.0f}" if value == int(value) else f"{value:.2f}"
+    name, scale = next((name, scale) for below, name, scale in steps if abs(value) < below)
+    number = value * scale
+    digits = 0 if abs(number) >= 100 or name == "B" else 1 if abs(number) >= 10 else 2
+    return f"{number:.{digits}f} {name}"
 
 
-def lines(row: str, comparison: Comparison, results: dict[str, Result]) -> Iterator[str]:
-    """Format one line of the table for each peer."""
-    for peer, result in results.items():
-        ratios = result.ratios
-        yield _LINE.format(
-            row,
-            comparison.ours.name,
-            duration(statistics.median(result.ours)),
-            peer,
-            duration(statistics.median(result.peer)),
-            f"{statistics.median(ratios):.2f}",
-            f"{min(ratios):.2f}..{max(ratios):.2f}",
-            duration(statistics.median(result.differences)),
-        )
-
-
-def duration(seconds: float) -> str:
-    """Format a duration with three digits or so, in µs or ms."""
-    size = abs(seconds)
-    number, unit = (seconds * 1e6, "µs") if size < 1e-3 else (seconds * 1e3, "ms")
-    return f"{number:.{1 if abs(number) < 100 else 0}f} {unit}"
+def times(factor: float) -> str:
+    """Format a factor."""
+    if factor == math.inf:
+        return "∞"
+    if factor >= 20:
+        return f"{factor:.0f}x"
+    return f"{factor:.1f}x" if factor >= 2 else f"{factor:.2f}x" if factor >= 0.1 or factor == 0 else f"{factor:.1g}x"

@@ -274,7 +274,8 @@ class Scheduler:
                 with self._lock:
                     worker.sending -= sending
                     if sent:
-                        task.datagram = None
+                        if task.datagram is datagram:  # else it was taken back meanwhile, and is to be sent again
+                            task.datagram = None
                         if worker.left == 0 and all(task.is_sent() for task in list(worker.tasks.values())):
                             worker.leave()
             if not sent:

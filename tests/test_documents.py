@@ -1,4 +1,4 @@
-"""What the documents say is run: README, examples and benchmarks."""
+"""What the documents say is run: README and examples."""
 
 from __future__ import annotations
 
@@ -225,16 +225,3 @@ def test_a_picture_that_cannot_be_written() -> None:
     assert done.stderr.startswith("cannot save the picture: ")
     assert "File name too long" in done.stderr
     assert len(done.stderr.splitlines()) == 1
-
-
-def test_benchmarks_run() -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "benchmarks", "--quick"],
-        cwd=ROOT,
-        text=True,
-        capture_output=True,
-        check=False,
-        timeout=110,
-    )
-    assert done.returncode == 0, done.stderr
-    assert "SharedBuffer of 4 KB" in done.stdout
