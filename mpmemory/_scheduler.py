@@ -363,7 +363,7 @@ class Scheduler:
 
     def _wake(self) -> None:
         fd = self._wake_fd  # held until it is written to: the pool may end meanwhile
-        with contextlib.suppress(OSError):  # over already
+        with contextlib.suppress(OSError, ValueError):  # over already; it is -1
             os.eventfd_write(fd.fileno(), 1)
 
     # --- the thread ---

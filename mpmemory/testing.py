@@ -89,6 +89,8 @@ def _look() -> _Things:
     things.update(_memories([os.getpid(), *pids]))
     with contextlib.suppress(FileNotFoundError), os.scandir(_SHM) as entries:
         for entry in entries:
+            if not entry.is_file(follow_symlinks=False):  # a folder of a program that keeps its files here
+                continue
             things["name", entry.name, entry.inode()] = 1, entry.path
     return things
 
