@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import multiprocessing
 import os
 import re
 import resource
@@ -28,6 +29,12 @@ BACKENDS = [name for name, backend in _backends.BACKENDS.items() if backend.avai
 with contextlib.suppress(ValueError):  # more is not allowed
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, 4096), hard))
+
+# Most of what a child takes to start is importing these, which are not what is tested. Of ours it has nothing yet.
+multiprocessing.set_forkserver_preload(["pytest", "hypothesis", "numpy", "multiprocessing.pool", "concurrent.futures"])
+
+# No threads of NumPy's, which each child would start: a matrix product is nowhere.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 # The start of a program that is to be at the limit of its descriptors at times.
 LIMITED = """
