@@ -6,7 +6,6 @@ There is a fixture `no_memory_leaks` for pytest, too: see `pytest_mpmemory`.
 from __future__ import annotations
 
 import contextlib
-import errno
 import gc
 import multiprocessing
 import os
@@ -98,15 +97,16 @@ def _look() -> _Things:
 def _left(before: _Things) -> _Things:
     kept = _kept_by_multiprocessing()
     left: _Things = {}
+    names: list[tuple[Any, ...]] = []
     for key, (amount, text) in _look().items():
         if amount <= before.get(key, (0, ""))[0] or key[:2] in kept:
             continue
         if key[0] == "name":
-            holders = _who_has(text, key[2])
-            if holders is None:
-                continue
-            text = f"{text}: {f'held by {holders}' if holders else 'nobody has it open or mapped'}"
-        left[key] = amount, text
+            names.append(key)
+        else:
+            left[key] = amount, text
+    if names:
+        left.update(_of_this_tree(names))
     return left
 
 
@@ -247,37 +247,41 @@ def _memories(pids: Iterable[int]) -> _Things:
 # --- names in /dev/shm ----------------------------------------------------------------------------
 
 
-def _who_has(path: str, inode: int) -> str | None:
-    """Return who in this tree has the object open or mapped, in words, "" if nobody has; None if it is not this tree's.
-
-    It is another's if that one has it, or owns it, or if it has gone meanwhile.
-    """
-    try:
-        status = os.stat(path)
-    except OSError as error:
-        if error.errno not in {errno.ENOENT, errno.EACCES}:
-            raise
-        return None
-    if status.st_ino != inode or status.st_uid != os.geteuid():
-        return None
-    holders = set()
-    for pid in _holders._processes() if platform.has_proc() else ():
+def _of_this_tree(names: list[tuple[Any, ...]]) -> _Things:
+    """Return those that no process outside of this tree has open or mapped, or owns, and that have not gone since."""
+    paths: dict[_holders.Identity, tuple[tuple[Any, ...], str]] = {}
+    for key in names:
+        path = f"{_SHM}/{key[1]}"
+        with contextlib.suppress(FileNotFoundError):
+            status = os.stat(path)
+            if status.st_ino == key[2] and status.st_uid == os.geteuid():
+                paths[status.st_dev, status.st_ino] = key, path
+    holders: dict[_holders.Identity, list[int]] = {identity: [] for identity in paths}
+    for pid in _holders._processes() if paths and platform.has_proc() else ():
         with contextlib.suppress(FileNotFoundError, ProcessLookupError, PermissionError):
-            if _has(pid, status):
-                holders.add(pid)
-    if holders - {os.getpid(), *_processes()}:
-        return None
-    return ", ".join(f"process {pid}" for pid in sorted(holders))
+            for identity in _in_shm(pid) & paths.keys():
+                holders[identity].append(pid)
+    tree = {os.getpid(), *_processes()}
+    found: _Things = {}
+    for identity, (key, path) in paths.items():
+        if tree.issuperset(holders[identity]):
+            who = ", ".join(f"process {pid}" for pid in holders[identity])
+            found[key] = 1, f"{path}: {f'held by {who}' if who else 'nobody has it open or mapped'}"
+    return found
 
 
-def _has(pid: int, wanted: os.stat_result) -> bool:
-    # By device and inode: semaphores are created under other names than they have in the end.
-    device = f"{os.major(wanted.st_dev):02x}:{os.minor(wanted.st_dev):02x}"
+def _in_shm(pid: int) -> set[_holders.Identity]:
+    """Return what a process has of /dev/shm: by device and inode, since semaphores were created under other names."""
+    found = set()
     with open(f"/proc/{pid}/maps", errors="surrogateescape") as maps:
-        if any(f" {device} {wanted.st_ino} " in line for line in maps):
-            return True
+        for line in maps:
+            if _SHM in line and (match := _MAPPING.match(line)):
+                device, inode = match[3].split()
+                major, minor = device.split(":")
+                found.add((os.makedev(int(major, 16), int(minor, 16)), int(inode)))
     for fd in _holders._paths(f"/proc/{pid}/fd"):
         with contextlib.suppress(FileNotFoundError):  # closed meanwhile
-            if os.path.samestat(os.stat(fd), wanted):
-                return True
-    return False
+            if os.readlink(fd).startswith(_SHM):
+                status = os.stat(fd)
+                found.add((status.st_dev, status.st_ino))
+    return found
