@@ -10,70 +10,23 @@ from multiprocessing import forkserver
 from typing import Any
 
 import pytest
+from channels import (
+    ANSWER,
+    SENT,
+    SIZE,
+    answer,
+    answer_kept,
+    answer_pair,
+    backend_of_this_process,
+    keep,
+    make,
+    serve_pipe,
+    serve_queues,
+)
 from conftest import START_METHODS
 
 import mpmemory
-from mpmemory import Memory, SharedBuffer, _backends
-
-SIZE = 10_001  # not a whole number of pages
-SENT = b"from the parent"
-ANSWER = b"from the child"
-
-
-def answer(memory: Memory, buffer: SharedBuffer) -> str:
-    """Check what a child sees of a memory and a buffer of the parent's, and write the answer into both."""
-    assert memory.size == SIZE
-    assert buffer.size == SIZE - 100
-    assert buffer.offset == 100
-    assert not os.get_inheritable(memory.fileno())
-    assert memory.pread(len(SENT)) == SENT
-    assert buffer.get_bytes(0, len(SENT)) == SENT
-    memory.pwrite(ANSWER, 50)
-    buffer.set_bytes(ANSWER, 50)
-    return memory.name
-
-
-def answer_pair(pair: tuple[Memory, SharedBuffer]) -> str:
-    return answer(*pair)
-
-
-def make(label: str) -> tuple[Memory, SharedBuffer]:
-    """Create memory in a child, for the parent to see."""
-    memory = Memory(SIZE, name=label)
-    memory.pwrite(ANSWER, 50)
-    other = Memory(SIZE, name=label)
-    buffer = other.map(offset=100)
-    buffer.set_bytes(ANSWER, 50)
-    other.close()
-    return memory, buffer
-
-
-def backend_of_this_process() -> str:
-    return _backends.chosen().name
-
-
-_from_initializer: list[Any] = []
-
-
-def keep(*args: Any) -> None:
-    _from_initializer.extend(args)
-
-
-def answer_kept(_: object) -> str:
-    return answer(*_from_initializer)
-
-
-def serve_pipe(conn: Any) -> None:
-    conn.send(answer(*conn.recv()))
-    conn.send(make("child"))
-    assert conn.recv() == "seen"
-    conn.close()
-
-
-def serve_queues(requests: Any, results: Any) -> None:
-    results.put(answer(*requests.get()))
-    results.put(make("child"))
-
+from mpmemory import Memory, SharedBuffer
 
 # Each sends a memory and a buffer to another process, which answers in them. Those with a way back
 # return what the other process made.
@@ -187,12 +140,17 @@ CHANNELS = [
 ]
 
 
+_server: tuple[int | None, str] | None = None  # the pid of the fork server that was started in a test here; its backend
+
+
 @pytest.fixture
-def _fork_server_with_this_backend(backend: str) -> Any:
-    """The fork server has the environment that it was started in: start it anew."""
-    forkserver._forkserver._stop()
-    yield
-    forkserver._forkserver._stop()
+def _fork_server_with_this_backend(backend: str, method: str) -> None:
+    """The fork server has the environment that it was started in: start it anew, if it was another."""
+    global _server
+    if method == "forkserver" and _server != (forkserver._forkserver._forkserver_pid, backend):
+        forkserver._forkserver._stop()
+        forkserver.ensure_running()
+        _server = forkserver._forkserver._forkserver_pid, backend
 
 
 @pytest.fixture(params=["ours", "stock"])

@@ -103,6 +103,7 @@ def test_segments_come_back_from_a_killed_receiver(method: str) -> None:
 
 def test_idle_segments_and_mappings_are_given_up(pipe: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_reaper, "IDLE_TIMEOUT", 0.1)
+    monkeypatch.setattr(_reaper, "INTERVAL", 0.05)
     left, right = pipe
     before = open_fds()
     left.send(np.zeros(200_000))
@@ -155,7 +156,7 @@ def test_five_thousand_arrays_from_a_queue_are_kept_and_given_up(run_python: Any
         "import ctypes, os, resource, numpy as np, mpmemory\n"
         "from mpmemory import _reaper, _segments\n"
         "resource.setrlimit(resource.RLIMIT_NOFILE, (1024, 1024))\n"
-        "_reaper.IDLE_TIMEOUT = 0.2\n"
+        "_reaper.IDLE_TIMEOUT, _reaper.INTERVAL = 0.2, 0.1\n"
         "def write(queue):\n"
         "    for index in range(5000): queue.put(np.full(12_500, index, float))\n"
         "def resident():\n"
