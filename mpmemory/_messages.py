@@ -30,11 +30,12 @@ import pickle
 import socket
 import struct
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from multiprocessing import connection, reduction
 from typing import Any
 
 from . import _segments
+from ._backends import platform
 from ._fds import MAX_FDS, OwnedFd, borrow_socket, dup, recv_fds, recv_message, send_fds, truncation
 from ._segments import ALIGNMENT, Lease
 from .errors import failed
@@ -50,6 +51,7 @@ BUFFER_MIN = 16 << 10
 _HEADER = struct.Struct("<2sBxIQQQ")
 _TAG = struct.Struct("<8xQ")
 _ENTRY = struct.Struct("<QQ")
+_TABLE_STEP = _ENTRY.size << 10  # bytes of a segment's table that are read at a time
 _MAGIC = b"mM"
 _BYTES, _PICKLE, _IN_SEGMENT = 0, 1, 2
 _DONTWAIT = int(socket.MSG_DONTWAIT)
@@ -273,18 +275,44 @@ def _open_segment(fd: OwnedFd, length: int, count: int) -> tuple[memoryview, lis
     if start + length > size or not size:  # a pipe or a device has no size, and opening it may do anything
         raise _bad(f"a segment of {size} bytes, of which {start + length} are used")
     keep = Lease.is_within_budget()
-    lease = Lease(fd)
-    with memoryview(lease.mapping) as view:
-        entries = list(_ENTRY.iter_unpack(view[: _ENTRY.size * count]))
-    parts: list[Any] = []
-    for offset, nbytes in entries:
-        if offset + nbytes > size:
-            raise _bad(f"a buffer of {nbytes} bytes at {offset} of a segment of {size} bytes")
-        # Writable: the pickle itself says which are to be read-only.
+    # Who could shrink what is mapped here would kill this process with it. So what has not been sealed is read,
+    # and through the very descriptor that came, which may do no more than its sender may.
+    lease = Lease(fd) if platform.has_fixed_size(fd.fileno()) else None
+
+    def take(offset: int, nbytes: int) -> Any:
+        if lease is None:
+            return _read(fd, offset, nbytes)
         part = lease.view(offset, nbytes)
-        parts.append(part if keep else bytearray(part))
-    payload = lease.view(start, length)
-    return (payload if keep else memoryview(bytes(payload))), parts
+        return part if keep else bytearray(part)
+
+    parts: list[Any] = []
+    end = start + length
+    for offset, nbytes in _entries(fd, lease, count):
+        if offset < end or offset + nbytes > size:
+            raise _bad(f"a buffer of {nbytes} bytes at {offset} of a segment of {size} bytes")
+        end = offset + nbytes
+        # Writable: the pickle itself says which are to be read-only.
+        parts.append(take(offset, nbytes))
+    return memoryview(take(start, length)), parts
+
+
+def _entries(fd: OwnedFd, lease: Lease | None, count: int) -> Iterator[tuple[int, int]]:
+    """Yield the table of a segment, without having all of it at once: it may be that of a hole of many gigabytes."""
+    table = None if lease is None else memoryview(lease.mapping)
+    for first in range(0, count * _ENTRY.size, _TABLE_STEP):
+        nbytes = min(count * _ENTRY.size - first, _TABLE_STEP)
+        yield from _ENTRY.iter_unpack(_read(fd, first, nbytes) if table is None else table[first : first + nbytes])
+
+
+def _read(fd: OwnedFd, offset: int, nbytes: int) -> bytearray:
+    try:
+        part = bytearray(nbytes)
+        platform.read_all(fd.fileno(), memoryview(part), offset)
+    except MemoryError:
+        raise OSError(errno.ENOMEM, f"cannot have {nbytes} bytes for a message: {os.strerror(errno.ENOMEM)}") from None
+    except OSError as error:
+        raise failed(f"cannot read {nbytes} bytes of a segment", error) from None
+    return part
 
 
 def _recv_waiting(ends: list[OwnedFd], count: int) -> list[OwnedFd]:

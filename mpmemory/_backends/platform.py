@@ -31,6 +31,7 @@ F_GET_SEALS = 1034
 F_SEAL_SEAL = 0x0001
 F_SEAL_SHRINK = 0x0002
 F_SEAL_GROW = 0x0004
+_FIXED = F_SEAL_SHRINK | F_SEAL_GROW
 
 #: What one read(2) or write(2) transfers at most (Linux, write(2)).
 MAX_TRANSFER = 0x7FFFF000
@@ -174,6 +175,16 @@ def write_all(fd: int, view: memoryview, offset: int) -> None:
         written = os.pwrite(fd, view[:MAX_TRANSFER], offset)
         view = view[written:]
         offset += written
+
+
+def read_all(fd: int, view: memoryview, offset: int) -> None:
+    """Fill `view` with the bytes from `offset` on. Raises OSError, EIO if they end before."""
+    while view:
+        count = os.preadv(fd, [view[:MAX_TRANSFER]], offset)
+        if not count:
+            raise OSError(errno.EIO, "")
+        view = view[count:]
+        offset += count
 
 
 def copy(source: int, target: int) -> None:
@@ -373,6 +384,11 @@ def seal_size(fd: int) -> None:
     """Forbid to change the size of a memfd any more; elsewhere there are no seals."""
     if seals(fd) & F_SEAL_SHRINK:
         fcntl.fcntl(fd, F_ADD_SEALS, F_SEAL_GROW | F_SEAL_SEAL)
+
+
+def has_fixed_size(fd: int) -> bool:
+    """Return whether nobody can change the size of the file of `fd` any more: it was sealed so."""
+    return seals(fd) & _FIXED == _FIXED
 
 
 @functools.cache
