@@ -30,7 +30,7 @@ import pickle
 import socket
 import struct
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from multiprocessing import connection, reduction
 from typing import Any
 
@@ -51,7 +51,6 @@ BUFFER_MIN = 16 << 10
 _HEADER = struct.Struct("<2sBxIQQQ")
 _TAG = struct.Struct("<8xQ")
 _ENTRY = struct.Struct("<QQ")
-_TABLE_STEP = _ENTRY.size << 10  # bytes of a segment's table that are read at a time
 _MAGIC = b"mM"
 _BYTES, _PICKLE, _IN_SEGMENT = 0, 1, 2
 _DONTWAIT = int(socket.MSG_DONTWAIT)
@@ -270,14 +269,18 @@ class Datagram:
 
 
 def _open_segment(fd: OwnedFd, length: int, count: int) -> tuple[memoryview, list[Any]]:
-    size = os.fstat(fd.fileno()).st_size
+    status = os.fstat(fd.fileno())
+    size = status.st_size
+    fixed = platform.has_fixed_size(fd.fileno())
+    if fixed or platform.is_in_memory(fd.fileno()):
+        size = min(size, status.st_blocks * 512)  # a hole takes no memory of the sender, and all of it here
     start = _align(_ENTRY.size * count)
     if start + length > size or not size:  # a pipe or a device has no size, and opening it may do anything
         raise _bad(f"a segment of {size} bytes, of which {start + length} are used")
     keep = Lease.is_within_budget()
     # Who could shrink what is mapped here would kill this process with it. So what has not been sealed is read,
     # and through the very descriptor that came, which may do no more than its sender may.
-    lease = Lease(fd) if platform.has_fixed_size(fd.fileno()) else None
+    lease = Lease(fd) if fixed else None
 
     def take(offset: int, nbytes: int) -> Any:
         if lease is None:
@@ -287,21 +290,14 @@ def _open_segment(fd: OwnedFd, length: int, count: int) -> tuple[memoryview, lis
 
     parts: list[Any] = []
     end = start + length
-    for offset, nbytes in _entries(fd, lease, count):
+    table = memoryview(lease.mapping)[: _ENTRY.size * count] if lease else _read(fd, 0, _ENTRY.size * count)
+    for offset, nbytes in _ENTRY.iter_unpack(table):
         if offset < end or offset + nbytes > size:
             raise _bad(f"a buffer of {nbytes} bytes at {offset} of a segment of {size} bytes")
         end = offset + nbytes
         # Writable: the pickle itself says which are to be read-only.
         parts.append(take(offset, nbytes))
     return memoryview(take(start, length)), parts
-
-
-def _entries(fd: OwnedFd, lease: Lease | None, count: int) -> Iterator[tuple[int, int]]:
-    """Yield the table of a segment, without having all of it at once: it may be that of a hole of many gigabytes."""
-    table = None if lease is None else memoryview(lease.mapping)
-    for first in range(0, count * _ENTRY.size, _TABLE_STEP):
-        nbytes = min(count * _ENTRY.size - first, _TABLE_STEP)
-        yield from _ENTRY.iter_unpack(_read(fd, first, nbytes) if table is None else table[first : first + nbytes])
 
 
 def _read(fd: OwnedFd, offset: int, nbytes: int) -> bytearray:

@@ -59,20 +59,30 @@ _WATCH_INTERVAL = 0.2
 
 def seals(fd: int) -> int:
     """Return the seals of `fd` (F_GET_SEALS, fcntl(2)); 0 where there can be none."""
+    return _seals(fd) or 0
+
+
+def _seals(fd: int) -> int | None:
     if sys.platform != "linux":
-        return 0
+        return None
     try:
         return fcntl.fcntl(fd, F_GET_SEALS)
     except OSError as error:
         if error.errno != errno.EINVAL:  # EINVAL: not a memfd, nor on tmpfs
             raise
-        return 0
+        return None
+
+
+def is_in_memory(fd: int) -> bool:
+    """Return whether the file of `fd` is a memfd, or on a tmpfs. False where that is not known."""
+    return _seals(fd) is not None
 
 
 def add_seals(fd: int, wanted: int) -> None:
     """Add seals (F_ADD_SEALS, fcntl(2)). Raises OSError, ENOTSUP where there can be none."""
     try:
-        if sys.platform != "linux" or is_on_tmpfs(fd):
+        # That seal alone: on a tmpfs, or a memfd that can have no others.
+        if sys.platform != "linux" or seals(fd) == F_SEAL_SEAL:
             raise OSError(errno.EINVAL, "")
         fcntl.fcntl(fd, F_ADD_SEALS, wanted)
     except OSError as error:
@@ -81,16 +91,11 @@ def add_seals(fd: int, wanted: int) -> None:
         raise OSError(errno.ENOTSUP, "") from None
 
 
-def is_on_tmpfs(fd: int) -> bool:
-    """Return whether the file of `fd` is on a tmpfs, and no memfd that can be sealed. False where that is not known."""
-    return seals(fd) == F_SEAL_SEAL
-
-
 def grow(fd: int, size: int) -> None:
     """Make the file of `fd` at least `size` bytes long. It never becomes shorter, whoever else grows it too.
 
-    On a memfd no page is allocated. Elsewhere all are, since there a full file system is a SIGBUS at
-    the first touch, instead of an ENOSPC here.
+    On a memfd of ours no page is allocated. Elsewhere all new ones are, since there a full file system is a
+    SIGBUS at the first touch, instead of an ENOSPC here.
     """
     if seals(fd) & F_SEAL_SHRINK:
         try:
@@ -100,10 +105,16 @@ def grow(fd: int, size: int) -> None:
             if os.fstat(fd).st_size < size:
                 raise
     elif hasattr(os, "posix_fallocate"):
-        if size:  # 0 is EINVAL
-            os.posix_fallocate(fd, 0, size)
+        # Not from 0 on: that would fill what somebody else has left out.
+        if size > (now := os.fstat(fd).st_size):
+            os.posix_fallocate(fd, now, size - now)
     elif os.fstat(fd).st_size < size:
         os.ftruncate(fd, size)
+
+
+def grow_takes_memory(fd: int) -> bool:
+    """Return whether `grow` takes memory for what it adds to the file of `fd`."""
+    return is_in_memory(fd) and not seals(fd) & F_SEAL_SHRINK
 
 
 def available_memory() -> int | None:

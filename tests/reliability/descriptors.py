@@ -119,3 +119,16 @@ def opened(*kinds: str) -> Iterator[list[int]]:
 def peak_memory() -> int:
     """Return how many bytes this process has had resident, at most."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10
+
+
+@contextlib.contextmanager
+def address_space(more: int) -> Iterator[None]:
+    """Let this process map so many bytes more than it has now."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+    with open("/proc/self/statm") as file:
+        pages = int(file.read().split()[0])
+    resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + more, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
