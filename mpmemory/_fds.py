@@ -20,6 +20,7 @@ MAX_FDS = 253
 # Plain ints: comparing members of an enum.IntFlag takes longer than receiving.
 _MSG_CTRUNC = int(socket.MSG_CTRUNC)
 _CONTROL_SIZE = socket.CMSG_SPACE(MAX_FDS * array.array("i").itemsize)
+_SCM_PIDFD = 4  # Linux 6.5, unix(7): a descriptor of the sending process; not in Python's socket module
 _INT_SIZE = array.array("i").itemsize
 
 
@@ -129,6 +130,8 @@ def recv_message(sock: socket.socket, size: int, flags: int = 0) -> tuple[bytes,
     for level, kind, content in control:
         if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
             fds.frombytes(content[: len(content) - len(content) % _INT_SIZE])
+        elif level == socket.SOL_SOCKET and kind == _SCM_PIDFD:
+            close_all(array.array("i", content))  # nobody here asks for it; a socket from elsewhere may be set to
     if truncated:
         close_all(fds)
         return data, [], True

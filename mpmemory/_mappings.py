@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import bisect
+import errno
 import mmap
 import os
+import stat
 import threading
 import time
 import weakref
@@ -51,6 +53,10 @@ def map_memory(memory: Memory, length: int, start: int, access: int) -> Mapping:
     fd = memory._open()  # held until it is mapped: another thread may close the handle
     number = fd.fileno()
     try:
+        if not stat.S_ISREG(
+            os.fstat(number).st_mode
+        ):  # what came from elsewhere: a device may have any memory, or none
+            raise OSError(errno.ENODEV, "")
         mapping = platform.map_fd(Mapping, number, length, access=access, offset=start)
     except OSError as error:
         raise failed(f"cannot map {length} bytes of memory {memory.name!r}", error) from None

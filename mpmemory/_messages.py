@@ -36,6 +36,7 @@ from multiprocessing import connection, reduction
 from typing import Any
 
 from . import _segments
+from ._backends import platform
 from ._fds import MAX_FDS, OwnedFd, borrow_socket, dup, recv_fds, recv_message, send_fds, truncation
 from ._segments import ALIGNMENT, Lease
 from .errors import failed
@@ -299,23 +300,46 @@ class Datagram:
 
 
 def _open_segment(fd: OwnedFd, length: int, count: int) -> tuple[memoryview, list[Any]]:
-    size = os.fstat(fd.fileno()).st_size
+    status = os.fstat(fd.fileno())
+    size = status.st_size
+    fixed = platform.has_fixed_size(fd.fileno())
+    if fixed or platform.is_in_memory(fd.fileno()):
+        size = min(size, status.st_blocks * 512)  # a hole takes no memory of the sender, and all of it here
     start = _align(_ENTRY.size * count)
     if start + length > size or not size:  # a pipe or a device has no size, and opening it may do anything
         raise _bad(f"a segment of {size} bytes, of which {start + length} are used")
     keep = Lease.is_within_budget()
-    lease = Lease(fd)
-    with memoryview(lease.mapping) as view:
-        entries = list(_ENTRY.iter_unpack(view[: _ENTRY.size * count]))
-    parts: list[Any] = []
-    for offset, nbytes in entries:
-        if offset + nbytes > size:
-            raise _bad(f"a buffer of {nbytes} bytes at {offset} of a segment of {size} bytes")
-        # Writable: the pickle itself says which are to be read-only.
+    # Who could shrink what is mapped here would kill this process with it. So what has not been sealed is read,
+    # and through the very descriptor that came, which may do no more than its sender may.
+    lease = Lease(fd) if fixed else None
+
+    def take(offset: int, nbytes: int) -> Any:
+        if lease is None:
+            return _read(fd, offset, nbytes)
         part = lease.view(offset, nbytes)
-        parts.append(part if keep else bytearray(part))
-    payload = lease.view(start, length)
-    return (payload if keep else memoryview(bytes(payload))), parts
+        return part if keep else bytearray(part)
+
+    parts: list[Any] = []
+    end = start + length
+    table = memoryview(lease.mapping)[: _ENTRY.size * count] if lease else _read(fd, 0, _ENTRY.size * count)
+    for offset, nbytes in _ENTRY.iter_unpack(table):
+        if offset < end or offset + nbytes > size:
+            raise _bad(f"a buffer of {nbytes} bytes at {offset} of a segment of {size} bytes")
+        end = offset + nbytes
+        # Writable: the pickle itself says which are to be read-only.
+        parts.append(take(offset, nbytes))
+    return memoryview(take(start, length)), parts
+
+
+def _read(fd: OwnedFd, offset: int, nbytes: int) -> bytearray:
+    try:
+        part = bytearray(nbytes)
+        platform.read_all(fd.fileno(), memoryview(part), offset)
+    except MemoryError:
+        raise OSError(errno.ENOMEM, f"cannot have {nbytes} bytes for a message: {os.strerror(errno.ENOMEM)}") from None
+    except OSError as error:
+        raise failed(f"cannot read {nbytes} bytes of a segment", error) from None
+    return part
 
 
 def _recv_waiting(ends: list[OwnedFd], count: int) -> list[OwnedFd]:

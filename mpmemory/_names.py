@@ -71,6 +71,9 @@ def find(name: str) -> OwnedFd:
         status = os.fstat(found.fileno())
         if (status.st_dev, status.st_ino) != (int(device, 16), int(inode, 16)) or _is_withdrawn(status):
             raise _unknown(name)
+        # Nor does a name, which may come from anybody, lead root to a file that its process could not open so.
+        if not stat.S_ISREG(status.st_mode) or status.st_nlink:
+            raise _unknown(name)
         return OwnedFd(platform.reopen(found.fileno()))
     except (FileNotFoundError, ProcessLookupError):
         raise _unknown(name) from None

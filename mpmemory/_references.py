@@ -120,6 +120,7 @@ def _rebuild(
         # What is sealed arrives read-only, also where there is a mapping from before that could be written to.
         mapping = _mappings.map_whole(memory, write=not memory.readonly, keep_warm=True)
         result = np.ndarray(shape, dtype, bytes_of(mapping), offset, strides)
+        check_dtype(result.dtype)
     except Exception as error:
         return LostArray(LostFd.because(error, "the array cannot be had"), shape, np.dtype(dtype))
     if not writeable:

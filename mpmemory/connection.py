@@ -16,7 +16,7 @@ from multiprocessing.connection import wait
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, SupportsIndex
 
-from ._fds import LostFd, OwnedFd, dup
+from ._fds import LostFd, OwnedFd, borrow_socket, dup
 from ._messages import Datagram, Message
 from .memory import flat_view
 from .reduction import Shareable, release_launched, share_fd
@@ -231,7 +231,8 @@ def _rebuild_connection(cls: type[Connection], shared: Any, readable: bool, writ
     sock = None
     if isinstance(fd, OwnedFd):
         try:
-            sock = socket.socket(fileno=dup(fd.fileno()))
+            with borrow_socket(fd.fileno()) as borrowed:  # which finds out whether it is one
+                sock = borrowed.dup()
         except OSError as error:
             fd = LostFd.because(error, "the connection could not be opened")
     self._set_up(sock, None if sock else fd, readable, writable)

@@ -325,7 +325,7 @@ class Memory(Shareable):
         fd = self._open()
         if _is_open_readonly(fd.fileno()):
             raise PermissionError(errno.EACCES, f"cannot grow memory {self._name!r}: it is read-only")
-        if size <= _MAX_SIZE and platform.is_on_tmpfs(fd.fileno()):  # where all is allocated
+        if size <= _MAX_SIZE and platform.grow_takes_memory(fd.fileno()):
             _check_available(size - now)
         try:
             _grow(fd, size)
@@ -367,7 +367,8 @@ class Memory(Shareable):
         try:
             if not platform.has_proc():
                 raise OSError(errno.ENOTSUP, "")
-            return self._own(OwnedFd(platform.reopen(fd.fileno(), os.O_RDONLY)), self._name)
+            # Non-blocking: what arrived may be a FIFO, as for a file that `from_file` opens.
+            return self._own(OwnedFd(platform.reopen(fd.fileno(), os.O_RDONLY | os.O_NONBLOCK)), self._name)
         except OSError as error:
             raise failed(f"cannot open memory {self._name!r} for reading only", error) from None
 

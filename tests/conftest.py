@@ -1,15 +1,18 @@
-"""Fixtures of all tests: every one leaves no process, descriptor, mapping or shared memory behind."""
+"""Fixtures and options of all tests: every one leaves no process, descriptor, mapping or shared memory behind."""
 
 from __future__ import annotations
 
 import contextlib
 import gc
+import json
 import multiprocessing
 import os
+import platform
 import re
 import resource
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
@@ -63,6 +66,53 @@ def expect_the_limit(action):
         else:
             raise AssertionError("no error")
 """
+
+
+# --- options and figures of tests/reliability: here, since that folder's own conftest would be loaded too late ---
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("reliability")
+    group.addoption("--long", action="store_true", help="run tests/reliability in full")
+    group.addoption("--storm-seconds", type=float, metavar="S", help="how long a storm lasts (60 with --long)")
+    group.addoption("--figures", metavar="FILE", help="write what the tests have counted to FILE, as JSON")
+
+
+@pytest.fixture
+def long(request: pytest.FixtureRequest) -> bool:
+    """Return whether all of it is to be run."""
+    return bool(request.config.getoption("long"))
+
+
+@pytest.fixture
+def record_figure(request: pytest.FixtureRequest) -> Callable[[str, Any], None]:
+    """Record a number, which is added to those of the same name, or a list of numbers, for `--figures`."""
+    properties = request.node.user_properties  # they also reach pytest from the processes of xdist
+    return lambda name, value: properties.append((f"figure: {name}", value))
+
+
+def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    figures: dict[str, Any] = {}
+    for report in (report for reports in terminalreporter.stats.values() for report in reports):
+        if getattr(report, "when", None) == "call":
+            for name, value in report.user_properties:
+                if name.startswith("figure: "):
+                    name = name.removeprefix("figure: ")
+                    figures[name] = value if isinstance(value, list) else figures.get(name, 0) + value
+    numbers = {name: value for name, value in sorted(figures.items()) if not isinstance(value, list)}
+    if numbers:
+        terminalreporter.section("figures")
+        for name, value in numbers.items():
+            terminalreporter.line(f"{value:>15,} {name}")
+    if path := config.getoption("figures"):
+        of = {
+            "arguments": list(config.invocation_params.args),
+            "date": time.strftime("%Y-%m-%d"),
+            "python": platform.python_version(),
+            "kernel": platform.release(),
+            "processors": os.cpu_count(),
+        }
+        Path(path).write_text(json.dumps({**of, "figures": dict(sorted(figures.items()))}, indent=1))
 
 
 def open_fds() -> dict[int, str]:

@@ -807,6 +807,14 @@ def test_frozen_needs_seals(backend: str) -> None:
 # --- lost ones ------------------------------------------------------------------------------------
 
 
+def test_python_objects_are_never_taken_from_memory() -> None:
+    """They are addresses."""
+    for dtype in ("O", "i4,O"):
+        lost = _references._rebuild(Memory(100), 0, (2,), (16,), np.dtype(dtype), True)
+        with pytest.raises(HandleLostError, match="cannot hold Python objects"):
+            lost[0]
+
+
 def test_a_lost_array_says_so_when_it_is_used() -> None:
     data = dumps(arrays.zeros(100_000))
     gc.collect()

@@ -163,6 +163,21 @@ def test_out_of_descriptors_while_receiving(run_python: Any) -> None:
     )
 
 
+def test_a_descriptor_of_the_sender_itself_is_closed() -> None:
+    """SO_PASSPIDFD: a socket that somebody else made may be set so."""
+    left, right = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with left, right:
+        try:
+            right.setsockopt(socket.SOL_SOCKET, 76, 1)
+        except OSError:
+            pytest.skip("needs Linux 6.5")
+        Memory(10).send(left)
+        before = open_fds()
+        with Memory.receive(right) as received:
+            assert len(open_fds()) == len(before) + 1
+            assert received.size == 10
+
+
 def test_concurrent_senders_and_receivers() -> None:
     left, right = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     arrived: list[int] = []

@@ -105,6 +105,20 @@ def test_more_than_there_is_cannot_be_reserved(run_python: Any) -> None:
     )
 
 
+def test_memory_of_others_that_has_holes_is_not_filled() -> None:
+    """A memfd that can be shrunk gets memory for what is new, and not for a hole of any size before that."""
+    fd = os.memfd_create("foreign", os.MFD_ALLOW_SEALING)
+    os.ftruncate(fd, 1 << 40)
+    with Memory.from_fd(fd) as memory:
+        memory.grow(memory.size)
+        assert memory.resident == 0
+        memory.grow((1 << 40) + 100_000)
+        assert 100_000 <= memory.resident < 1 << 20
+        with pytest.raises(OSError, match=r"of which \d+ are available"):
+            memory.grow(1 << 50)
+        assert memory.size == (1 << 40) + 100_000
+
+
 def test_a_small_file_system_is_reserved_from(small_shm: list[str], run_python: Any) -> None:
     program = (
         "import os, mpmemory\n"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import mmap
 import os
 import socket
 from pathlib import Path
@@ -12,9 +13,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from mpmemory import Memory, Seal
+from mpmemory import Memory, Seal, SharedBuffer
 from mpmemory._backends import platform
 from mpmemory._fds import OwnedFd
+from mpmemory.buffer import _rebuild_buffer
 from mpmemory.testing import assert_no_leaks
 
 pytestmark = pytest.mark.usefixtures("backend")
@@ -395,6 +397,20 @@ def test_a_closed_handle_is_a_value_error_everywhere() -> None:
             action()
     left.close()
     right.close()
+
+
+def test_a_handle_that_arrived_on_something_else() -> None:
+    """From a program that pickles something of its own; `from_fd` and `receive` refuse it."""
+    reader, writer = os.pipe()
+    with Memory._own(OwnedFd(writer), "pipe") as memory:
+        memory.as_readonly().close()  # does not wait for a writer
+        with pytest.raises(ValueError, match="not within a size of 0 bytes"):
+            memory.map(10)
+    os.close(reader)
+    with Memory._own(OwnedFd(os.open("/dev/zero", os.O_RDWR)), "device") as memory:
+        buffer = _rebuild_buffer(SharedBuffer, memory, 4096, 4096, mmap.ACCESS_WRITE)
+        with pytest.raises(OSError, match="cannot map 4096 bytes of memory 'device': No such device"):  # not a SIGBUS
+            buffer[0]
 
 
 def test_out_of_descriptors(run_python: Any) -> None:

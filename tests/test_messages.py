@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import resource
+import socket
+import struct
 import sys
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -125,3 +130,78 @@ def test_a_first_message_without_descriptors_decides_nothing(run_python: Any) ->
         "    for fd in fds: os.close(fd)\n"
         "assert platform.can_lease() and platform.messages_work()\n"
     )
+
+
+# --- segments of a peer that means no good ---
+
+HEADER = struct.Struct("<2sBxIQQQ")
+
+
+def send_segment(conn: Any, fd: int, length: int, buffers: int = 0) -> None:
+    """Send `fd` as one with bytes in it."""
+    with socket.socket(fileno=os.dup(conn.fileno())) as sock:
+        socket.send_fds(sock, [HEADER.pack(b"mM", 2, 1, 0, length, buffers)], [fd])
+
+
+def test_a_segment_that_its_sender_can_shrink_is_not_mapped(pipe: Any) -> None:
+    """Whoever touched what was mapped would be killed by SIGBUS."""
+    left, right = pipe
+    fd = os.memfd_create("unsealed", os.MFD_ALLOW_SEALING)
+    os.write(fd, b"x" * 100_000)
+    send_segment(left, fd, 100_000)
+    payload = right.receive_datagram().bytes()
+    send_segment(left, fd, 100_000)
+    os.ftruncate(fd, 0)
+    assert payload == b"x" * 100_000
+    with pytest.raises(OSError, match="a segment of 0 bytes, of which 100000 are used") as error:
+        right.recv()
+    assert error.value.errno == errno.EBADMSG
+    os.close(fd)
+
+
+def test_what_its_sender_may_only_read_is_not_opened_for_writing(pipe: Any, tmp_path: Path) -> None:
+    left, right = pipe
+    path = tmp_path / "victim"
+    path.write_bytes(b"x" * 100_000)
+    for flags in (os.O_RDONLY, os.O_PATH):
+        fd = os.open(path, flags)
+        send_segment(left, fd, 100_000)
+        if flags == os.O_PATH:
+            with pytest.raises(OSError, match="Bad file descriptor"):
+                right.receive_datagram().bytes()
+        else:
+            right.receive_datagram().bytes()[:5] = b"owned"
+        os.close(fd)
+    assert path.read_bytes() == b"x" * 100_000
+
+
+@pytest.mark.parametrize("sealed", [True, False])
+def test_a_hole_takes_no_memory(sealed: bool, pipe: Any) -> None:
+    """Of its sender neither."""
+    left, right = pipe
+    fd = os.memfd_create("hole", os.MFD_ALLOW_SEALING)
+    os.ftruncate(fd, 1 << 40)
+    if sealed:
+        platform.add_seals(fd, platform.F_SEAL_SHRINK | platform.F_SEAL_GROW)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    for length, buffers in ((1 << 34, 0), (10, 1 << 29)):
+        send_segment(left, fd, length, buffers)
+        with pytest.raises(OSError, match="a segment of 0 bytes, of which") as error:
+            right.recv_bytes()
+        assert error.value.errno == errno.EBADMSG
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100_000  # kilobytes
+    assert os.fstat(fd).st_blocks == 0
+    os.close(fd)
+
+
+def test_buffers_of_a_segment_do_not_overlap(pipe: Any) -> None:
+    """What arrives is the receiver's own, and one array not another's."""
+    left, right = pipe
+    fd = os.memfd_create("overlapping")
+    os.write(fd, bytes(10_000))
+    for table in ((100, 100, 150, 100), (1000, 100, 200, 100), (0, 100, 500, 100), (9950, 100, 10_050, 1)):
+        os.pwrite(fd, struct.pack("<4Q", *table), 0)
+        send_segment(left, fd, 10, 2)
+        with pytest.raises(OSError, match=r"a buffer of \d+ bytes at \d+ of a segment of 10000 bytes"):
+            right.recv()
+    os.close(fd)

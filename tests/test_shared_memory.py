@@ -17,6 +17,7 @@ from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import resource_tracker
 from multiprocessing import shared_memory as stock
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -320,6 +321,18 @@ def test_what_a_number_is_used_for_now_is_only_looked_at() -> None:
     with left, right, pytest.raises(FileNotFoundError):  # which cannot be opened
         SharedMemory(f"mpm_{os.getpid()}_{left.fileno()}_1_5")
     os.close(writer)
+
+
+def test_a_name_made_up_for_something_else_leads_nowhere(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    path.write_bytes(b"secret")
+    os.mkfifo(tmp_path / "fifo")
+    fds = [os.open(path, os.O_RDONLY), os.open(path, os.O_PATH), os.open(tmp_path / "fifo", os.O_RDWR)]
+    for fd in fds:
+        status = os.fstat(fd)
+        with pytest.raises(FileNotFoundError, match="no shared memory has this name"):
+            SharedMemory(f"mpm_{os.getpid()}_{fd}_{status.st_dev:x}_{status.st_ino:x}")
+        os.close(fd)
 
 
 def test_numbers_that_are_used_again_lead_nowhere() -> None:

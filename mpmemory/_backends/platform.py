@@ -31,6 +31,7 @@ F_GET_SEALS = 1034
 F_SEAL_SEAL = 0x0001
 F_SEAL_SHRINK = 0x0002
 F_SEAL_GROW = 0x0004
+_FIXED = F_SEAL_SHRINK | F_SEAL_GROW
 
 #: What one read(2) or write(2) transfers at most (Linux, write(2)).
 MAX_TRANSFER = 0x7FFFF000
@@ -58,20 +59,30 @@ _WATCH_INTERVAL = 0.2
 
 def seals(fd: int) -> int:
     """Return the seals of `fd` (F_GET_SEALS, fcntl(2)); 0 where there can be none."""
+    return _seals(fd) or 0
+
+
+def _seals(fd: int) -> int | None:
     if sys.platform != "linux":
-        return 0
+        return None
     try:
         return fcntl.fcntl(fd, F_GET_SEALS)
     except OSError as error:
         if error.errno != errno.EINVAL:  # EINVAL: not a memfd, nor on tmpfs
             raise
-        return 0
+        return None
+
+
+def is_in_memory(fd: int) -> bool:
+    """Return whether the file of `fd` is a memfd, or on a tmpfs. False where that is not known."""
+    return _seals(fd) is not None
 
 
 def add_seals(fd: int, wanted: int) -> None:
     """Add seals (F_ADD_SEALS, fcntl(2)). Raises OSError, ENOTSUP where there can be none."""
     try:
-        if sys.platform != "linux" or is_on_tmpfs(fd):
+        # That seal alone: on a tmpfs, or a memfd that can have no others.
+        if sys.platform != "linux" or seals(fd) == F_SEAL_SEAL:
             raise OSError(errno.EINVAL, "")
         fcntl.fcntl(fd, F_ADD_SEALS, wanted)
     except OSError as error:
@@ -80,16 +91,11 @@ def add_seals(fd: int, wanted: int) -> None:
         raise OSError(errno.ENOTSUP, "") from None
 
 
-def is_on_tmpfs(fd: int) -> bool:
-    """Return whether the file of `fd` is on a tmpfs, and no memfd that can be sealed. False where that is not known."""
-    return seals(fd) == F_SEAL_SEAL
-
-
 def grow(fd: int, size: int) -> None:
     """Make the file of `fd` at least `size` bytes long. It never becomes shorter, whoever else grows it too.
 
-    On a memfd no page is allocated. Elsewhere all are, since there a full file system is a SIGBUS at
-    the first touch, instead of an ENOSPC here.
+    On a memfd of ours no page is allocated. Elsewhere all new ones are, since there a full file system is a
+    SIGBUS at the first touch, instead of an ENOSPC here.
     """
     if seals(fd) & F_SEAL_SHRINK:
         try:
@@ -99,10 +105,16 @@ def grow(fd: int, size: int) -> None:
             if os.fstat(fd).st_size < size:
                 raise
     elif hasattr(os, "posix_fallocate"):
-        if size:  # 0 is EINVAL
-            os.posix_fallocate(fd, 0, size)
+        # Not from 0 on: that would fill what somebody else has left out.
+        if size > (now := os.fstat(fd).st_size):
+            os.posix_fallocate(fd, now, size - now)
     elif os.fstat(fd).st_size < size:
         os.ftruncate(fd, size)
+
+
+def grow_takes_memory(fd: int) -> bool:
+    """Return whether `grow` takes memory for what it adds to the file of `fd`."""
+    return is_in_memory(fd) and not seals(fd) & F_SEAL_SHRINK
 
 
 def available_memory() -> int | None:
@@ -174,6 +186,16 @@ def write_all(fd: int, view: memoryview, offset: int) -> None:
         written = os.pwrite(fd, view[:MAX_TRANSFER], offset)
         view = view[written:]
         offset += written
+
+
+def read_all(fd: int, view: memoryview, offset: int) -> None:
+    """Fill `view` with the bytes from `offset` on. Raises OSError, EIO if they end before."""
+    while view:
+        count = os.preadv(fd, [view[:MAX_TRANSFER]], offset)
+        if not count:
+            raise OSError(errno.EIO, "")
+        view = view[count:]
+        offset += count
 
 
 def copy(source: int, target: int) -> None:
@@ -373,6 +395,11 @@ def seal_size(fd: int) -> None:
     """Forbid to change the size of a memfd any more; elsewhere there are no seals."""
     if seals(fd) & F_SEAL_SHRINK:
         fcntl.fcntl(fd, F_ADD_SEALS, F_SEAL_GROW | F_SEAL_SEAL)
+
+
+def has_fixed_size(fd: int) -> bool:
+    """Return whether nobody can change the size of the file of `fd` any more: it was sealed so."""
+    return seals(fd) & _FIXED == _FIXED
 
 
 @functools.cache
