@@ -24,7 +24,7 @@ def make_many(index: int) -> tuple[Memory, SharedBuffer]:
 @pytest.mark.parametrize("method", START_METHODS)
 def test_results_outlive_their_worker(method: str) -> None:
     with multiprocessing.get_context(method).Pool(2, maxtasksperchild=1) as pool:
-        results = pool.map(make_many, range(40), chunksize=1)
+        results = pool.map(make_many, range(12), chunksize=1)
         pool.close()
         pool.join()
     for index, (memory, buffer) in enumerate(results):
