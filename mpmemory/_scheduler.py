@@ -36,6 +36,7 @@ from typing import Any
 
 from ._fds import OwnedFd
 from ._messages import Datagram, Message
+from ._window import Window
 from ._worker_main import ABOUT_WORKER, Lifeline
 from ._workers import BIG, FEW, FULL, GRACE, StartWorker, Task, Worker, kill
 from .errors import PoolError, WorkerLostError, describe_exit
@@ -52,36 +53,6 @@ _RETRY_SENDING = 0.01
 
 # After CLOSE: all is done, and the workers are leaving.
 PARTING = "PARTING"
-
-
-class Window:
-    """How far the feeder of an imap may be ahead of who takes its results."""
-
-    def __init__(self, iterator: IMapIterator[Any], size: int) -> None:
-        self.fed = 0
-        self.started = False  # somebody takes results
-        self.abandoned = False  # nobody can take any more
-        self.waited_for = False
-        self._iterator: Any = iterator
-        self.job: int = iterator._job  # type: ignore[attr-defined]
-        self._size = size
-
-    def _ahead(self) -> int:
-        taken = self._iterator._index - len(self._iterator._items)
-        return int(self.fed - taken)
-
-    def open(self, most: int) -> int:
-        """Return how many tasks may follow now, `most` at most."""
-        # What was never iterated over is there for its effects.
-        granted = most if self.abandoned else max(0, min(most, self._size - self._ahead()))
-        self.fed += granted
-        return granted
-
-    def is_half_open(self) -> bool:
-        return self._ahead() <= self._size // 2
-
-    def is_unwanted(self) -> bool:
-        return self.started and self.abandoned
 
 
 class Scheduler:

@@ -25,7 +25,8 @@ from types import GenericAlias, TracebackType
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from . import _worker_main
-from ._scheduler import Scheduler, Window
+from ._scheduler import Scheduler
+from ._window import Window
 from ._worker_main import Lifeline
 from .connection import Connection
 
