@@ -11,6 +11,7 @@ from multiprocessing import ProcessError as ProcessError
 from multiprocessing import TimeoutError as TimeoutError
 from types import ModuleType as _ModuleType
 from typing import TYPE_CHECKING as _TYPE_CHECKING
+from typing import Any as _Any
 
 from . import _backends as _backends  # first: it refuses systems that cannot do it
 from .buffer import CACHE_LINE_SIZE as CACHE_LINE_SIZE
@@ -28,11 +29,11 @@ from .locks import RangeLock as RangeLock
 from .locks import RobustLock as RobustLock
 from .memory import Memory as Memory
 from .memory import Seal as Seal
-from .shared_memory import ShareableList as ShareableList
-from .shared_memory import SharedMemory as SharedMemory
 
 if _TYPE_CHECKING:
     from . import arrays as arrays
+    from .shared_memory import ShareableList as ShareableList
+    from .shared_memory import SharedMemory as SharedMemory
 
 __version__ = "0.1.0"
 
@@ -70,11 +71,13 @@ set_forkserver_preload = _default.set_forkserver_preload
 set_start_method = _default.set_start_method
 
 
-def __getattr__(name: str) -> _ModuleType:
+def __getattr__(name: str) -> _Any:
     if name == "arrays":  # needs NumPy, which is optional
         import importlib
 
         return importlib.import_module(".arrays", __name__)
+    if name in ("ShareableList", "SharedMemory"):  # not every process needs them
+        return getattr(_default, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
@@ -83,3 +86,4 @@ __all__ = [
     for name, value in globals().items()
     if not name.startswith("_") and (value is reducer or not isinstance(value, _ModuleType))
 ]
+__all__ += ["ShareableList", "SharedMemory"]

@@ -5,11 +5,12 @@ from __future__ import annotations
 import multiprocessing
 from collections.abc import Callable, Iterable
 from multiprocessing import context
-from multiprocessing import pool as stock_pool
 from typing import Any, Literal, overload
 
-from . import buffer, connection, locks, memory, pool, queues, shared_memory
+from . import buffer, locks, memory
 from ._backends.platform import messages_work
+
+# As in multiprocessing, what not every process needs is imported when it is asked for.
 
 
 class MemoryContext(context.BaseContext):
@@ -19,26 +20,46 @@ class MemoryContext(context.BaseContext):
     Memory = memory.Memory
     SharedBuffer = buffer.SharedBuffer
     RobustLock = locks.RobustLock
-    SharedMemory = shared_memory.SharedMemory
-    ShareableList = shared_memory.ShareableList
+
+    @property
+    def SharedMemory(self) -> Any:
+        """The class `mpmemory.shared_memory.SharedMemory`."""
+        from .shared_memory import SharedMemory
+
+        return SharedMemory
+
+    @property
+    def ShareableList(self) -> Any:
+        """The class `mpmemory.shared_memory.ShareableList`."""
+        from .shared_memory import ShareableList
+
+        return ShareableList
 
     # Where messages cannot carry descriptors, or segments not be leased, these are the stock ones.
 
     def Pipe(self, duplex: bool = True) -> Any:
         """Return two connections to each other; see `mpmemory.connection`."""
-        return connection.Pipe(duplex) if messages_work() else super().Pipe(duplex)
+        from .connection import Pipe
+
+        return Pipe(duplex) if messages_work() else super().Pipe(duplex)
 
     def SimpleQueue(self) -> Any:
         """Return a queue without a limit to wait for; see `mpmemory.queues.SimpleQueue`."""
-        return queues.SimpleQueue() if messages_work() else super().SimpleQueue()
+        from .queues import SimpleQueue
+
+        return SimpleQueue() if messages_work() else super().SimpleQueue()
 
     def Queue(self, maxsize: int = 0) -> Any:
         """Return a queue for `maxsize` objects, or any number if it is not positive; see `mpmemory.queues.Queue`."""
-        return queues.Queue(maxsize) if messages_work() else super().Queue(maxsize)
+        from .queues import Queue
+
+        return Queue(maxsize) if messages_work() else super().Queue(maxsize)
 
     def JoinableQueue(self, maxsize: int = 0) -> Any:
         """Return a Queue that can be joined; see `mpmemory.queues.JoinableQueue`."""
-        return queues.JoinableQueue(maxsize) if messages_work() else super().JoinableQueue(maxsize)
+        from .queues import JoinableQueue
+
+        return JoinableQueue(maxsize) if messages_work() else super().JoinableQueue(maxsize)
 
     def Pool(
         self,
@@ -48,8 +69,11 @@ class MemoryContext(context.BaseContext):
         maxtasksperchild: int | None = None,
     ) -> Any:
         """Return a pool of worker processes; see `mpmemory.pool.Pool`."""
-        kind = pool.Pool if messages_work() else stock_pool.Pool
-        return kind(processes, initializer, initargs, maxtasksperchild, self.get_context())
+        if not messages_work():
+            return super().Pool(processes, initializer, initargs, maxtasksperchild)
+        from .pool import Pool
+
+        return Pool(processes, initializer, initargs, maxtasksperchild, self.get_context())
 
     def get_context(self, method: str | None = None) -> Any:
         """Return this context, or ours of another start method. Raises ValueError for an unknown one."""
