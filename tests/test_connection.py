@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import gc
 import multiprocessing
 import os
 import pickle
@@ -27,6 +26,7 @@ from mpmemory._messages import BUFFER_MIN, INLINE_MAX
 from mpmemory.connection import Connection, Pipe, _rebuild_connection
 from mpmemory.queues import JoinableQueue, Queue, SimpleQueue
 from mpmemory.reduction import share_fd
+from mpmemory.testing import assert_no_leaks
 
 
 def echo(conn: Connection) -> None:
@@ -381,11 +381,8 @@ def test_what_is_no_connection() -> None:
 
 def test_pickling_errors_send_nothing(pipe: Any) -> None:
     left, right = pipe
-    before = open_fds()
-    with pytest.raises((pickle.PicklingError, AttributeError)):
+    with assert_no_leaks(), pytest.raises((pickle.PicklingError, AttributeError)):
         left.send([Memory(10), np.zeros(100_000), lambda: None])
-    gc.collect()
-    assert open_fds() == before
     left.send("next")
     assert right.recv() == "next"
 
@@ -399,15 +396,12 @@ class Broken:
 
 def test_unpickling_errors_are_of_that_message_only(pipe: Any) -> None:
     left, right = pipe
-    before = open_fds()
-    left.send([Memory(10), np.zeros(100_000), Broken()])
-    left.send("next")
-    with pytest.raises(ValueError, match="not a number"):
-        right.recv()
-    assert right.recv() == "next"
-    gc.collect()
-    _segments.warm.release(float("inf"))
-    assert open_fds() == before
+    with assert_no_leaks():
+        left.send([Memory(10), np.zeros(100_000), Broken()])
+        left.send("next")
+        with pytest.raises(ValueError, match="not a number"):
+            right.recv()
+        assert right.recv() == "next"
 
 
 def test_the_peer_is_gone() -> None:

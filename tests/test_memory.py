@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import gc
 import mmap
 import os
 import socket
@@ -11,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import open_fds
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -19,6 +17,7 @@ from mpmemory import Memory, Seal, SharedBuffer
 from mpmemory._backends import platform
 from mpmemory._fds import OwnedFd
 from mpmemory.buffer import _rebuild_buffer
+from mpmemory.testing import assert_no_leaks
 
 pytestmark = pytest.mark.usefixtures("backend")
 
@@ -201,10 +200,8 @@ def test_identity_is_device_and_inode(backend: str) -> None:
 
 
 def no_fd_lost(action: Any) -> None:
-    before = open_fds()
-    action()
-    gc.collect()
-    assert open_fds() == before
+    with assert_no_leaks():
+        action()
 
 
 @pytest.mark.parametrize(
