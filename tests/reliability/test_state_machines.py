@@ -245,7 +245,7 @@ class MemoryMachine(Counting):
 
 @pytest.mark.usefixtures("backend")
 def test_memory_is_a_bytearray(long: bool, record_figure: Callable[[str, Any], None]) -> None:
-    run(MemoryMachine, long, 40, 2000, record_figure)
+    run(MemoryMachine, long, 40, 500, record_figure)
 
 
 # --- SharedBuffer: a bytearray, and views that live on --------------------------------------------
@@ -378,7 +378,7 @@ class BufferMachine(Counting):
 
 @pytest.mark.usefixtures("backend")
 def test_a_buffer_is_a_bytearray_and_views_outlive_it(long: bool, record_figure: Callable[[str, Any], None]) -> None:
-    run(BufferMachine, long, 40, 2000, record_figure)
+    run(BufferMachine, long, 40, 500, record_figure)
 
 
 # --- queues: a deque ------------------------------------------------------------------------------
@@ -540,7 +540,7 @@ def test_a_queue_is_a_deque(long: bool, record_figure: Callable[[str, Any], None
     theirs.close()
     QueueMachine.conn = ours
     try:
-        run(QueueMachine, long, 30, 1500, record_figure)
+        run(QueueMachine, long, 30, 300, record_figure)
     finally:
         ours.close()
         server.join()
@@ -670,4 +670,4 @@ class PoolMachine(Counting):
 
 
 def test_a_pool_is_a_list_of_outcomes(long: bool, record_figure: Callable[[str, Any], None]) -> None:
-    run(PoolMachine, long, 6, 300, record_figure)
+    run(PoolMachine, long, 6, 60, record_figure)
