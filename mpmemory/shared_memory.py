@@ -325,6 +325,8 @@ class ShareableList(Shareable, Generic[T]):
         index = asked + count if asked < 0 else asked
         if not 0 <= index < count:
             raise IndexError(f"index {asked} is out of range for {count} items")
+        if not 0 <= offsets[index] <= offsets[index + 1] <= offsets[count]:
+            raise ValueError(f"item {asked} of {self._shm!r} is not within the list")
         data = (count + 2) * _WORD
         formats = data + offsets[count]
         return _Place(
