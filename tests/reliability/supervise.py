@@ -1,0 +1,144 @@
+"""Programs of tests, each in a session of its own: watched, and ended with all that they have started.
+
+A program says what it does by lines of JSON on its standard output. If it says nothing for `PATIENCE` seconds it
+hangs: then all its processes write their stacks and are killed, and the test fails with what they wrote.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import faulthandler
+import json
+import os
+import select
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).parent
+
+PATIENCE = 60.0
+"""How long a program may say nothing, in seconds: far longer than anything takes on a busy machine."""
+
+
+class Failed(AssertionError):
+    """A program has failed, or hangs; with all that it wrote to its standard error."""
+
+
+def report(**what: Any) -> None:
+    """Say something, in the program."""
+    print(json.dumps(what), flush=True)
+
+
+def show_stacks_when_asked() -> None:
+    """Have this process write the stacks of its threads at SIGUSR1. Called by each process of a program."""
+    faulthandler.register(signal.SIGUSR1, all_threads=True)
+
+
+def session(sid: int) -> list[int]:
+    """Return the processes of a session, but those that have ended and were not collected."""
+    members = []
+    for entry in os.listdir("/proc"):
+        if entry.isdigit():
+            with contextlib.suppress(OSError):  # it has ended meanwhile
+                # proc(5): what is behind the name, which may contain anything: state, parent, group, session
+                state, _, _, its_session = Path(f"/proc/{entry}/stat").read_text().rpartition(")")[2].split()[:4]
+                if int(its_session) == sid and state not in "ZX":
+                    members.append(int(entry))
+    return members
+
+
+def _catches(pid: int, number: int) -> bool:
+    with contextlib.suppress(OSError):
+        for line in Path(f"/proc/{pid}/status").read_text().splitlines():
+            if line.startswith("SigCgt:"):
+                return bool(int(line.split()[1], 16) >> (number - 1) & 1)
+    return False
+
+
+def until(condition: Callable[[], Any], seconds: float) -> bool:
+    """Wait until it holds, where there is no event to wait for; False if it does not within `seconds`."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.002)
+    return True
+
+
+class Program:
+    """A program of this folder that runs in a session of its own, with a folder for its temporary files."""
+
+    def __init__(self, name: str, *arguments: str, folder: Path) -> None:
+        self._temporary = folder / "tmp"
+        self._temporary.mkdir(exist_ok=True)
+        self._errors = (folder / "errors").open("w+")
+        self._shm = set(os.listdir("/dev/shm"))
+        self._process = subprocess.Popen(
+            [sys.executable, "-W", "error", str(HERE / name), *arguments],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=self._errors,
+            start_new_session=True,
+            env={**os.environ, "TMPDIR": str(self._temporary)},
+        )
+
+    def __enter__(self) -> Program:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """End it with all that belongs to it."""
+        while members := session(self._process.pid):
+            for pid in members:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+        self._process.communicate()
+        self._errors.close()
+
+    def lines(self) -> Iterator[dict[str, Any]]:
+        """Yield what it reports, until it has ended. Raises Failed if it hangs, or leaves something behind."""
+        stdout = self._process.stdout
+        assert stdout is not None
+        buffered = b""
+        while True:
+            if not select.select([stdout], [], [], PATIENCE)[0]:
+                raise Failed(f"nothing happened for {PATIENCE} seconds:\n{self._stacks()}")
+            data = os.read(stdout.fileno(), 1 << 16)
+            if not data:  # closed by all that had it
+                break
+            *complete, buffered = (buffered + data).split(b"\n")
+            yield from map(json.loads, complete)
+        self._process.wait(PATIENCE)
+        if not until(lambda: not session(self._process.pid), 10):
+            raise Failed(f"processes are left behind:\n{self._stacks()}")
+        if self._process.returncode != 0 or self._read_errors():
+            raise Failed(f"it ended with status {self._process.returncode}:\n{self._read_errors()}")
+        left = [path.name for path in self._temporary.iterdir() if path.name.startswith("mpmemory")]
+        if left:
+            raise Failed(f"left in the folder for temporary files: {left}")
+        # Names of ours live for some microseconds: those seen may be of another test process.
+        if not until(lambda: not self._new_names(), 5):
+            raise Failed(f"left in /dev/shm: {self._new_names()}")
+
+    def _new_names(self) -> list[str]:
+        return sorted(name for name in set(os.listdir("/dev/shm")) - self._shm if name.startswith("mpmemory"))
+
+    def _read_errors(self) -> str:
+        return Path(self._errors.name).read_text()
+
+    def _stacks(self) -> str:
+        lines = []
+        for pid in session(self._process.pid):
+            with contextlib.suppress(OSError):
+                command = Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ")
+                lines.append(f"process {pid}: {command.decode(errors='replace')[:200]}")
+                if _catches(pid, signal.SIGUSR1):
+                    before = len(self._read_errors())
+                    os.kill(pid, signal.SIGUSR1)
+                    until(lambda: len(self._read_errors()) > before, 2)  # noqa: B023
+                    self._errors.flush()
+        return "\n".join(lines) + "\n" + self._read_errors()
