@@ -101,6 +101,8 @@ def _look_into(pid: int, found: dict[Identity, Held]) -> None:
         holder.fds += 1
     with open(f"/proc/{pid}/maps", errors="surrogateescape") as maps:
         for line in maps:
+            if "mpmemory" not in line:  # most of some hundred lines
+                continue
             mapping = _MAPPING.match(line)
             link = _LINK.fullmatch(mapping[6]) if mapping else None
             if mapping is None or link is None:

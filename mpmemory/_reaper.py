@@ -26,6 +26,7 @@ class Reaper:
         self._condition = threading.Condition()
         self._sweeps: set[Callable[[], bool]] = set()
         self._thread: threading.Thread | None = None
+        self._at_once = False
 
     def watch(self, sweep: Callable[[], bool]) -> None:
         """Call `sweep` from now on. It gives up what it can, and returns whether anything is left to look after."""
@@ -45,7 +46,9 @@ class Reaper:
                 if not self._sweeps:
                     self._thread = None
                     return
-                self._condition.wait(INTERVAL)
+                if not self._at_once:
+                    self._condition.wait(INTERVAL)
+                self._at_once = False
                 # Taken out before they are called: what is watched meanwhile is called once more.
                 sweeps, self._sweeps = self._sweeps, set()
             left = {sweep for sweep in sweeps if sweep()}  # each has its own lock
@@ -56,6 +59,7 @@ class Reaper:
         """Have it look at once, and wait until it has nothing left to look after."""
         with self._condition:
             thread = self._thread
+            self._at_once = True  # it may be looking, or starting, just now
             self._condition.notify_all()
         if thread is not None:
             thread.join()

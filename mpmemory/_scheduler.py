@@ -362,8 +362,9 @@ class Scheduler:
             self._refuse(job)
 
     def _wake(self) -> None:
-        with contextlib.suppress(OSError):  # over already
-            os.eventfd_write(self._wake_fd.fileno(), 1)
+        fd = self._wake_fd  # held until it is written to: the pool may end meanwhile
+        with contextlib.suppress(OSError, ValueError):  # over already; it is -1
+            os.eventfd_write(fd.fileno(), 1)
 
     # --- the thread ---
 
@@ -574,7 +575,9 @@ class Scheduler:
             self._refuse(job)
         for worker in workers:
             worker.forget()
-        self._lifeline.let_go()
+        # A pool that has ended keeps no descriptor, however long its object stays.
+        self._lifeline.close()
+        self._wake_fd = OwnedFd(-1)
 
     def _refuse(self, job: int) -> None:
         """Fail what the pool cannot do any more. Its thread may be gone: any may do this, one at a time."""

@@ -46,6 +46,11 @@ class Lifeline(Shareable):
         """Close the writing end: in the maker all is over then; in a forked child it is the maker's alone."""
         self._writer = None
 
+    def close(self) -> None:
+        """Close both ends: nobody will hold on to it any more."""
+        self._writer = None
+        self._reader = OwnedFd(-1)
+
     def _reduce(self) -> tuple[Callable[..., Self], tuple[Any, ...]]:
         return _rebuild_lifeline, (type(self), share_fd(self._reader))
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import gc
 import multiprocessing
 import os
 import pickle
@@ -26,6 +25,7 @@ from mpmemory import HandleLostError, Memory, SharedBuffer, _messages, _segments
 from mpmemory._messages import BUFFER_MIN, INLINE_MAX
 from mpmemory.connection import Connection, Pipe
 from mpmemory.queues import JoinableQueue, Queue, SimpleQueue
+from mpmemory.testing import assert_no_leaks
 
 
 def echo(conn: Connection) -> None:
@@ -380,11 +380,8 @@ def test_what_is_no_connection() -> None:
 
 def test_pickling_errors_send_nothing(pipe: Any) -> None:
     left, right = pipe
-    before = open_fds()
-    with pytest.raises((pickle.PicklingError, AttributeError)):
+    with assert_no_leaks(), pytest.raises((pickle.PicklingError, AttributeError)):
         left.send([Memory(10), np.zeros(100_000), lambda: None])
-    gc.collect()
-    assert open_fds() == before
     left.send("next")
     assert right.recv() == "next"
 
@@ -398,15 +395,12 @@ class Broken:
 
 def test_unpickling_errors_are_of_that_message_only(pipe: Any) -> None:
     left, right = pipe
-    before = open_fds()
-    left.send([Memory(10), np.zeros(100_000), Broken()])
-    left.send("next")
-    with pytest.raises(ValueError, match="not a number"):
-        right.recv()
-    assert right.recv() == "next"
-    gc.collect()
-    _segments.warm.release(float("inf"))
-    assert open_fds() == before
+    with assert_no_leaks():
+        left.send([Memory(10), np.zeros(100_000), Broken()])
+        left.send("next")
+        with pytest.raises(ValueError, match="not a number"):
+            right.recv()
+        assert right.recv() == "next"
 
 
 def test_the_peer_is_gone() -> None:
@@ -465,10 +459,8 @@ def test_a_foreign_datagram_is_an_error_of_its_own(datagram: bytes, pipe: Any) -
 @settings(max_examples=200, deadline=None)
 @given(st.binary(min_size=1, max_size=60), st.integers(0, 4), st.booleans())
 def test_random_datagrams_with_descriptors(data: bytes, count: int, header: bool) -> None:
-    left, right = Pipe()
-    before = open_fds()
-    segment = Memory.from_bytes(data * 100)
-    with left, right:
+    with assert_no_leaks(), Memory.from_bytes(data * 100) as segment:
+        left, right = Pipe()
         datagram = HEADER.pack(b"mM", data[0] % 5, count, 0, data[-1], len(data) % 7) + data if header else data
         sock = socket.socket(fileno=os.dup(left.fileno()))
         with sock:
@@ -478,10 +470,8 @@ def test_random_datagrams_with_descriptors(data: bytes, count: int, header: bool
             right.recv_bytes()  # not unpickled: a random pickle may do anything
         left.send("next")
         assert right.recv() == "next"
-    segment.close()
-    gc.collect()
-    _segments.warm.release(float("inf"))
-    assert set(open_fds()) <= set(before)
+        left.close()
+        right.close()
 
 
 def test_a_handle_unpickled_apart_from_its_message_is_lost(pipe: Any) -> None:

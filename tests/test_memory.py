@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import errno
-import gc
 import os
 import socket
 from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import open_fds
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from mpmemory import Memory, Seal
 from mpmemory._backends import platform
 from mpmemory._fds import OwnedFd
+from mpmemory.testing import assert_no_leaks
 
 pytestmark = pytest.mark.usefixtures("backend")
 
@@ -199,10 +198,8 @@ def test_identity_is_device_and_inode(backend: str) -> None:
 
 
 def no_fd_lost(action: Any) -> None:
-    before = open_fds()
-    action()
-    gc.collect()
-    assert open_fds() == before
+    with assert_no_leaks():
+        action()
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import gc
 import multiprocessing
 import os
 import pickle
@@ -22,6 +21,7 @@ from conftest import START_METHODS, open_fds
 import mpmemory
 from mpmemory import Memory, context, get_context, queues
 from mpmemory._backends import platform
+from mpmemory.testing import assert_no_leaks
 
 
 def test_contexts_make_ours() -> None:
@@ -125,11 +125,8 @@ def test_unsent_messages_hold_no_descriptors() -> None:
 
 def test_errors_are_raised_where_the_mistake_is() -> None:
     queue = queues.JoinableQueue(5)
-    before = open_fds()
-    with pytest.raises((pickle.PicklingError, AttributeError)):
+    with assert_no_leaks(), pytest.raises((pickle.PicklingError, AttributeError)):
         queue.put([Memory(10), lambda: None])
-    gc.collect()
-    assert open_fds() == before
     assert queue.qsize() == 0
     queue.join()
     with pytest.raises(ValueError, match="too many times"):

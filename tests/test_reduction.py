@@ -15,6 +15,7 @@ from conftest import START_METHODS, assert_lost, dumps, open_fds
 
 from mpmemory import Memory, SharedBuffer, get_context
 from mpmemory.reduction import FORKSERVER_FDS, _InheritedFd, _launching
+from mpmemory.testing import assert_no_leaks
 
 # --- plain pickle and copy ---
 
@@ -168,13 +169,11 @@ def test_descriptors_for_a_launch_are_closed_after_it(method: str) -> None:
 
 def test_a_launch_that_fails_leaves_nothing() -> None:
     memory = Memory(10)
-    before = open_fds()
-    child = get_context("spawn").Process(target=print, args=(memory, lambda: None))
-    with pytest.raises((pickle.PicklingError, AttributeError)):
-        child.start()
-    del child
-    gc.collect()
-    assert open_fds() == before
+    with assert_no_leaks():
+        child = get_context("spawn").Process(target=print, args=(memory, lambda: None))
+        with pytest.raises((pickle.PicklingError, AttributeError)):
+            child.start()
+        del child
 
 
 class Protocolled(Memory):

@@ -28,6 +28,7 @@ INTERNAL: dict[str, set[str]] = {
     "pool": set(),
     "queues": {"Counter"},
     "shared_memory": set(),
+    "testing": set(),
     "arrays": set(),
 }
 INTERNAL_MODULES = {"reduction"}
