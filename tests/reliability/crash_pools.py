@@ -29,7 +29,7 @@ def initialize(tools: Tools, gate: Any, pids: Any) -> None:
 
 
 def answer(item: Item) -> Item:
-    sender, number, _ = check_item(item)
+    _, number, _ = check_item(item)
     return make_item("worker", number, big=len(item[2]) > 100)
 
 
@@ -96,12 +96,10 @@ def check_workers(bench: Bench) -> None:
         for results in (before, after):
             assert [look_at(bench, result.get(LIMIT))[1] for result in results] == list(range(LAST))
         if is_ours:
-            try:
-                doomed.get(LIMIT)
-            except WorkerLostError as error:
-                assert error.exitcode == EXITCODES[cell.how]
-            else:
-                raise AssertionError("nobody has died")
+            doomed.wait(LIMIT)
+            lost = doomed._value
+            assert isinstance(lost, WorkerLostError), lost
+            assert lost.exitcode == EXITCODES[cell.how]
         check_tools(bench.tools, cell)
         if not is_ours:
             assert not doomed.ready()  # python/cpython#66587

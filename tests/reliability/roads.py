@@ -23,7 +23,7 @@ class Timeout(Exception):
     """Nothing came."""
 
 
-# --- items: a number, its sender, and contents that tell whether they are right -----------------------------------------
+# --- items: a number, its sender, and contents that tell whether they are right ------------------------
 
 
 def content(sender: str, number: int, length: int) -> bytes:
@@ -46,13 +46,14 @@ def check_item(item: Item, dead: str | None = None) -> tuple[str, int, int]:
         assert sender == dead, "its name is gone, and its sender lives"
         body = b""
     assert body == content(sender, number, len(body)), "wrong bytes"
-    try:
-        assert memory.pread(50) == content(sender, number, 50), "wrong memory"
-    except HandleLostError as error:
-        assert sender == dead, f"lost, and its sender lives: {error}"
-        return sender, number, len(body)
-    finally:
-        memory.close()
+    with memory:
+        try:
+            found = memory.pread(50)
+        except HandleLostError:
+            if sender != dead:
+                raise
+            return sender, number, len(body)
+    assert found == content(sender, number, 50), "wrong memory"
     return sender, number, len(body) + 50
 
 

@@ -14,6 +14,7 @@ import select
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -23,6 +24,10 @@ HERE = Path(__file__).parent
 
 PATIENCE = 60.0
 """How long a program may say nothing, in seconds: far longer than anything takes on a busy machine."""
+
+
+SOON = 10.0
+"""How long what a program leaves may take to go after its end, in seconds."""
 
 
 class Failed(AssertionError):
@@ -73,19 +78,22 @@ def until(condition: Callable[[], Any], seconds: float) -> bool:
 class Program:
     """A program of this folder that runs in a session of its own, with a folder for its temporary files."""
 
-    def __init__(self, name: str, *arguments: str, folder: Path) -> None:
-        self._temporary = folder / "tmp"
-        self._temporary.mkdir(exist_ok=True)
-        self._errors = (folder / "errors").open("w+")
+    def __init__(self, name: str, *arguments: str) -> None:
+        # Not pytest's tmp_path: addresses of sockets in it, with the name of the test, may be too long.
+        self._temporary = tempfile.TemporaryDirectory()
+        self._errors = Path(self._temporary.name, "errors")
         self._shm = set(os.listdir("/dev/shm"))
-        self._process = subprocess.Popen(
-            [sys.executable, "-W", "error", str(HERE / name), *arguments],
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=self._errors,
-            start_new_session=True,
-            env={**os.environ, "TMPDIR": str(self._temporary)},
-        )
+        # Stock multiprocessing warns that its tracker was killed, and, from Python 3.12 on, of forks beside its threads.
+        warnings = ["-Werror", "-Wignore:resource_tracker:UserWarning", "-Wignore:This process:DeprecationWarning"]
+        with self._errors.open("w") as errors:
+            self._process = subprocess.Popen(
+                [sys.executable, *warnings, str(HERE / name), *arguments],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=errors,
+                start_new_session=True,
+                env={**os.environ, "TMPDIR": self._temporary.name},
+            )
 
     def __enter__(self) -> Program:
         return self
@@ -97,7 +105,7 @@ class Program:
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
         self._process.communicate()
-        self._errors.close()
+        self._temporary.cleanup()
 
     def lines(self) -> Iterator[dict[str, Any]]:
         """Yield what it reports, until it has ended. Raises Failed if it hangs, or leaves something behind."""
@@ -113,22 +121,22 @@ class Program:
             *complete, buffered = (buffered + data).split(b"\n")
             yield from map(json.loads, complete)
         self._process.wait(PATIENCE)
-        if not until(lambda: not session(self._process.pid), 10):
+        if not until(lambda: not session(self._process.pid), SOON):
             raise Failed(f"processes are left behind:\n{self._stacks()}")
         if self._process.returncode != 0 or self._read_errors():
             raise Failed(f"it ended with status {self._process.returncode}:\n{self._read_errors()}")
-        left = [path.name for path in self._temporary.iterdir() if path.name.startswith("mpmemory")]
+        left = [name for name in os.listdir(self._temporary.name) if name.startswith("mpmemory")]
         if left:
             raise Failed(f"left in the folder for temporary files: {left}")
         # Names of ours live for some microseconds: those seen may be of another test process.
-        if not until(lambda: not self._new_names(), 5):
+        if not until(lambda: not self._new_names(), SOON):
             raise Failed(f"left in /dev/shm: {self._new_names()}")
 
     def _new_names(self) -> list[str]:
         return sorted(name for name in set(os.listdir("/dev/shm")) - self._shm if name.startswith("mpmemory"))
 
     def _read_errors(self) -> str:
-        return Path(self._errors.name).read_text()
+        return self._errors.read_text()
 
     def _stacks(self) -> str:
         lines = []
@@ -140,5 +148,4 @@ class Program:
                     before = len(self._read_errors())
                     os.kill(pid, signal.SIGUSR1)
                     until(lambda: len(self._read_errors()) > before, 2)  # noqa: B023
-                    self._errors.flush()
         return "\n".join(lines) + "\n" + self._read_errors()
