@@ -1,30 +1,26 @@
 """The crash matrix: who dies, how, when, on which channel, with which start method.
 
-As a program it runs cells of one start method, given as JSON, and reports each. It is the bystander of all of them:
-it starts who dies and who survives, sees that the survivors go on, and that nothing is left in any process.
+In the middle is the bystander: it starts who dies and who survives, and sees that the survivors go on.
 """
 
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import itertools
-import json
 import multiprocessing
 import os
 import select
 import signal
-import sys
 from collections.abc import Callable, Iterator
 from multiprocessing import forkserver, resource_tracker
 from typing import Any, NamedTuple
 
 from deaths import EXITCODES, HOW, Trap, at, awaits, die_at
 from roads import ROADS, Item, PipeRoad, RangeLockRoad, check_item, make_item
-from supervise import report, session, show_stacks_when_asked, until
+from supervise import show_stacks_when_asked
 
 import mpmemory
-from mpmemory import Memory, testing
+from mpmemory import Memory
 
 LIMIT = 30.0
 """What takes longer hangs, in seconds."""
@@ -578,57 +574,3 @@ def check_server(bench: Bench) -> None:
     check_tools(bench.tools, cell)
     for process in ends:
         await_end(process)
-
-
-# --- the program ----------------------------------------------------------------------------------
-
-
-def check(cell: Cell) -> dict[str, int]:
-    """Run a cell; return what was counted."""
-    bench = Bench(cell)
-    if cell.channel in POOLS:
-        import crash_pools
-
-        scenarios = {
-            "parent": crash_pools.check_parent,
-            "fork server": crash_pools.check_server,
-            "resource tracker": crash_pools.check_server,
-        }
-        scenarios.get(cell.who, crash_pools.check_workers)(bench)
-    else:
-        scenarios = {"sender": check_sender, "receiver": check_receiver, "worker": check_worker, "parent": check_parent}
-        scenarios.get(cell.who, check_server)(bench)
-    bench.end()
-    return {"messages": bench.messages, "bytes": bench.bytes}
-
-
-def reap_orphans() -> None:
-    """Wait until all have ended that this session has, but those that multiprocessing keeps."""
-    kept = {os.getpid(), server_pid("resource tracker"), server_pid("fork server")}
-
-    def are_gone() -> bool:
-        with open(f"/proc/self/task/{os.getpid()}/children") as children:
-            orphans = set(map(int, children.read().split())) - kept
-        return all(os.waitpid(pid, os.WNOHANG)[0] for pid in orphans) and set(session(os.getsid(0))) <= kept
-
-    assert until(are_gone, LIMIT), f"processes are left: {set(session(os.getsid(0))) - kept}"
-
-
-def main() -> None:
-    show_stacks_when_asked()
-    ctypes.CDLL(None).prctl(36, 1, 0, 0, 0)  # PR_SET_CHILD_SUBREAPER: orphans become children of this process
-    forkserver.set_forkserver_preload(["crash_cells", "crash_pools"])
-    # Names of ours are looked for when all of this session has ended; others are left by other programs at any time.
-    testing._SHM = "/dev/shm/not this one"
-    for values in json.loads(sys.argv[1]):
-        cell = Cell(*values)
-        report(begin=str(cell))
-        reap_orphans()  # and start what was killed before
-        with testing.assert_no_leaks(timeout=LIMIT):
-            counted = check(cell)
-            reap_orphans()
-        report(**counted)
-
-
-if __name__ == "__main__":
-    main()

@@ -1,6 +1,7 @@
 """A storm: processes that send, receive, grow, lock and die at random, and what must hold all the same.
 
-Arguments: start method, seed, seconds. All that is random comes from the seed; what the scheduler does with it does not.
+Arguments: start method, seed, seconds. All that is random comes from the seed; what the scheduler makes of it does
+not.
 
 - What is received is right, by its checksum, and was received by nobody else.
 - Of what went through the SimpleQueue a death takes along two items at most: one that its victim had counted and not
@@ -20,6 +21,7 @@ import sys
 import time
 import zlib
 from collections import deque
+from multiprocessing import forkserver, resource_tracker
 from multiprocessing.connection import wait
 from queue import Empty
 from typing import Any
@@ -38,10 +40,12 @@ GROWN = 32 << 20  # bytes: the memory that all grow becomes no larger
 DEATHS = ["SIGKILL", "SIGSEGV", "os._exit"]
 EXITCODES = {-signal.SIGKILL, -signal.SIGSEGV, 3}
 
-# The board: for each actor 64 bytes, of which 8 are how many items it has numbered, 8 how many it has received, and
-# 8 their bytes; behind them the two numbers under the lock.
-SENT, RECEIVED, BYTES = range(3)
+# The board: for each actor 64 bytes, of which 8 are how many items it has numbered, and 8 how many it has received, of
+# each of the two queues, and 8 the bytes of all received; behind them the two numbers under the lock, and whether it is
+# over. (An Event has a lock, which who is killed may have.)
+SENT, RECEIVED, BYTES = 0, 2, 4
 STRIDE = 64
+FIRST, SECOND, OVER = (STRIDE * place for place in (6, 7, 8))
 
 
 class Stage:
@@ -51,12 +55,11 @@ class Stage:
         self.strict = ctx.SimpleQueue()
         self.loose = ctx.Queue()
         self.lock = ctx.RobustLock()
-        self.board = SharedBuffer(STRIDE * (ACTORS + 2))
+        self.board = SharedBuffer(STRIDE * 9)
         self.seen = SharedBuffer(
             CAPACITY * (ACTORS + 1) * 2
         )  # a byte for each item of each queue; most is never touched
         self.growing = Memory(4096)
-        self.stop = ctx.Event()
 
     def count(self, actor: int, what: int, by: int) -> int:
         """Count up; return what it was."""
@@ -72,9 +75,8 @@ class Stage:
         self.strict.close()
         self.loose.close()
         self.loose.join_thread()
-        for buffer in (self.board, self.seen):
-            buffer.close()
-            buffer.memory.close()
+        self.board.close()
+        self.seen.close()
         self.growing.close()
 
 
@@ -112,7 +114,7 @@ class Actor:
 
     def send(self, strict: bool) -> None:
         contents, check = self.contents()
-        number = self.stage.count(self.index, SENT, 1)
+        number = self.stage.count(self.index, SENT + strict, 1)
         item = strict, self.index, number, check, contents
         (self.stage.strict if strict else self.stage.loose).put(item)
 
@@ -123,13 +125,13 @@ class Actor:
             except Empty:
                 return False
         else:
-            # Somebody else may be faster; then this one waits on, as anybody who gets.
-            if not wait([self.stage.strict._reader], timeout):
+            reader = self.stage.strict._reader
+            if not reader.poll(timeout):
                 return False
-            with contextlib.suppress(BlockingIOError):
-                item = self.stage.strict._reader.receive_datagram(wait=False).object()
-                self.look_at(item)
-            return True
+            try:
+                item = reader.receive_datagram(wait=False).object()
+            except BlockingIOError:  # somebody else was faster
+                return True
         self.look_at(item)
         return True
 
@@ -144,7 +146,7 @@ class Actor:
             except FileNotFoundError:  # unlinked, or its creator is dead
                 contents = None
         nbytes = check_contents(contents, check)
-        self.stage.count(self.index, RECEIVED, 1)
+        self.stage.count(self.index, RECEIVED + strict, 1)
         self.stage.count(self.index, BYTES, nbytes)
         self.kept.append((contents, check))
 
@@ -155,16 +157,15 @@ class Actor:
     def change(self) -> None:
         """Change two numbers under the lock, and die in between, perhaps."""
         stage = self.stage
-        first, second = STRIDE * (ACTORS + 1), STRIDE * (ACTORS + 1) + 8
         assert stage.lock.acquire(timeout=LIMIT)
-        number = stage.board.get_value("<q", first)
+        number = stage.board.get_value("<q", FIRST)
         if stage.lock.owner_died:
-            stage.board.set_value("<q", second, number)
-        assert stage.board.get_value("<q", second) == number, "changed without the lock"
-        stage.board.set_value("<q", first, number + 1)
+            stage.board.set_value("<q", SECOND, number)
+        assert stage.board.get_value("<q", SECOND) == number, "changed without the lock"
+        stage.board.set_value("<q", FIRST, number + 1)
         if self.choice.random() < 0.02 and self.index < ACTORS:
             HOW[self.choice.choice(DEATHS)]()
-        stage.board.set_value("<q", second, number + 1)
+        stage.board.set_value("<q", SECOND, number + 1)
         stage.lock.release()
 
     def grow(self) -> None:
@@ -211,7 +212,7 @@ def act(stage: Stage, index: int, seed: str) -> None:
     show_stacks_when_asked()
     choice = random.Random(seed)
     actor = Actor(stage, index, choice)
-    while not stage.stop.is_set():
+    while not stage.board[OVER]:
         actor.act()
         if choice.random() < 0.003:
             HOW[choice.choice(DEATHS)]()
@@ -277,7 +278,7 @@ def storm(method: str, seed: str, seconds: float) -> dict[str, int]:
         results.clear()
     pool.join()
     del pool
-    stage.stop.set()
+    stage.board[OVER] = 1
     while ends := {process.sentinel: process for process in actors.values() if process.exitcode is None}:
         for ready in wait(list(ends), 0.01):
             ends[ready].join()  # type: ignore[index]
@@ -290,13 +291,13 @@ def storm(method: str, seed: str, seconds: float) -> dict[str, int]:
     conductor.leave()
     assert stage.lock.acquire(timeout=LIMIT)
     stage.lock.release()
-    numbered, received = stage.total(SENT), stage.total(RECEIVED)
+    lost = stage.total(SENT + 1) - stage.total(RECEIVED + 1)
+    assert 0 <= lost <= 2 * deaths, f"{lost} items are lost by {deaths} deaths"
     found = {
         "deaths": deaths + lost_tasks,
-        "messages": received,
+        "messages": stage.total(RECEIVED) + stage.total(RECEIVED + 1),
         "bytes": stage.total(BYTES),
         "tasks": tasks,
-        "lost": numbered - received,
     }
     stage.close()
     return found
@@ -305,8 +306,10 @@ def storm(method: str, seed: str, seconds: float) -> dict[str, int]:
 def main() -> None:
     show_stacks_when_asked()
     method, seed, seconds = sys.argv[1:]
+    forkserver.set_forkserver_preload(["storm"])
     testing._SHM = "/dev/shm/not this one"  # see crash_cells.py
-    mpmemory.get_context("spawn").Event()  # starts the resource tracker
+    resource_tracker.ensure_running()
+    forkserver.ensure_running()
     with testing.assert_no_leaks(timeout=LIMIT):
         found = storm(method, seed, float(seconds))
     report(**found)

@@ -83,7 +83,7 @@ class Program:
         self._temporary = tempfile.TemporaryDirectory()
         self._errors = Path(self._temporary.name, "errors")
         self._shm = set(os.listdir("/dev/shm"))
-        # Stock multiprocessing warns that its tracker was killed, and, from Python 3.12 on, of forks beside its threads.
+        # multiprocessing warns that its tracker was killed, and, from Python 3.12 on, of forks beside threads.
         warnings = ["-Werror", "-Wignore:resource_tracker:UserWarning", "-Wignore:This process:DeprecationWarning"]
         with self._errors.open("w") as errors:
             self._process = subprocess.Popen(

@@ -20,7 +20,7 @@ def run(cells: Iterable[Cell], record_figure: Callable[[str, Any], None]) -> Non
     while left:
         begun = 0
         try:
-            with Program("crash_cells.py", json.dumps(left)) as program:
+            with Program("crash_program.py", json.dumps(left)) as program:
                 for line in program.lines():
                     if "begin" in line:
                         begun += 1
