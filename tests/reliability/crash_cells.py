@@ -246,11 +246,15 @@ def act_as_boss(there: PipeRoad, back: PipeRoad, sent: Callable[[], object], too
 
 def await_end(process: Any) -> None:
     """Wait for the end of a process: not by its sentinel, which its children may have as well."""
-    with contextlib.suppress(ProcessLookupError):  # collected by the fork server
-        watch = os.pidfd_open(process.pid)
-        assert select.select([watch], [], [], LIMIT)[0], f"{process} hangs"
-        os.close(watch)
+    await_pid(process.pid)
     process.join()
+
+
+def await_pid(pid: int) -> None:
+    with contextlib.suppress(ProcessLookupError):  # it was collected already
+        watch = os.pidfd_open(pid)
+        assert select.select([watch], [], [], LIMIT)[0], f"process {pid} does not end"
+        os.close(watch)
 
 
 class Bench:
@@ -347,6 +351,8 @@ def check_sender(bench: Bench) -> None:
         while ("victim", LAST) not in seen:
             seen.append(bench.take(victims))
         bench.tell("victim", "more")
+    if not road.shared and cell.how == "SystemExit":  # it waits until its handles have been received
+        seen += drain(bench, victims)
     bench.await_death()
     check_tools(bench.tools, cell)
     if not road.shared:
@@ -434,9 +440,11 @@ def check_worker(bench: Bench) -> None:
     if separate:
         from_victim.only_get()
     bench.tell("victim", "go")
+    seen: list[tuple[str, int]] = []
+    if separate and bench.cell.how == "SystemExit":  # it waits until its handles have been received
+        seen += drain(bench, from_victim)
     bench.await_death()
     check_tools(bench.tools, bench.cell)
-    seen: list[tuple[str, int]] = []
     if separate:
         seen += drain(bench, from_victim)
         for road in (to_victim, from_victim):

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-import select
 import signal
 from collections.abc import Callable
 from typing import Any
 
-from crash_cells import LAST, LIMIT, Bench, Cell, Tools, arm, check_tools, hold, kill_server
+from crash_cells import LAST, LIMIT, Bench, Cell, Tools, arm, await_pid, check_tools, hold, kill_server
 from deaths import EXITCODES, HOW, at, die_at
 from roads import Item, check_item, make_item
 from supervise import show_stacks_when_asked
@@ -46,7 +45,7 @@ class Deadly:
         self._how = how
 
     def __reduce__(self) -> Any:
-        return HOW[self._how]()
+        return _die(self._how)
 
 
 class DeadlyUnpickled(Deadly):
@@ -55,6 +54,7 @@ class DeadlyUnpickled(Deadly):
 
 
 def _die(how: str) -> None:
+    _pids.put(os.getpid())
     HOW[how]()
 
 
@@ -65,8 +65,8 @@ def die(who: str, when: str, how: str) -> Any:
             return Deadly(how)
         if when == "in flight":
             _gate.get()  # what it has sent before may be on its way
-        HOW[how]()
-    die_at(when, HOW[how])
+        _die(how)
+    die_at(when, lambda: _die(how))
     at("after receive")
     hold(_tools)
     signal.signal(signal.SIGUSR2, lambda *_: at("in a callback"))
@@ -100,6 +100,7 @@ def check_workers(bench: Bench) -> None:
             lost = doomed._value
             assert isinstance(lost, WorkerLostError), lost
             assert lost.exitcode == EXITCODES[cell.how]
+        await_pid(pids.get())
         check_tools(bench.tools, cell)
         if not is_ours:
             assert not doomed.ready()  # python/cpython#66587
@@ -157,12 +158,13 @@ def check_parent(bench: Bench) -> None:
     bench.processes["victim"] = process
     process.start()
     theirs.close()
-    watches = [os.pidfd_open(pid) for pid in bench.hear("victim")]
+    workers = bench.hear("victim")
     bench.await_death()
     if cell.channel == "stock Pool":
-        for _ in watches:  # they go when they have done their task
+        for _ in workers:  # they go when they have done their task
             gate.put("go")
-    await_ends(watches)
+    for pid in workers:
+        await_pid(pid)
     check_tools(bench.tools, cell)
     bench.messages += 2
     gate.close()
@@ -173,20 +175,15 @@ def check_server(bench: Bench) -> None:
     """The fork server or the resource tracker dies beside a pool."""
     cell = bench.cell
     gate, pids = bench.ctx.SimpleQueue(), bench.ctx.SimpleQueue()
-    watches: list[int] = []
+    workers: list[int] = []
     with make_pool(cell, bench.tools, gate, pids) as pool:
         die_at(cell.when, lambda: kill_server(cell))
-        use_pool(pool, gate, pids, bench.tools, lambda workers: watches.extend(map(os.pidfd_open, workers)))
+        use_pool(pool, gate, pids, bench.tools, workers.extend)
         if cell.channel == "Pool":
             occupy(pool, gate, pids)  # they are ended in the middle of a task
     pool.join()
-    await_ends(watches)
+    for pid in workers:
+        await_pid(pid)
     gate.close()
     pids.close()
     bench.messages += 4
-
-
-def await_ends(watches: list[int]) -> None:
-    for watch in watches:
-        assert select.select([watch], [], [], LIMIT)[0], "a worker stays behind"
-        os.close(watch)
