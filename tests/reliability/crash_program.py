@@ -11,7 +11,7 @@ from multiprocessing import forkserver
 import crash_cells
 import crash_pools
 from crash_cells import LIMIT, POOLS, Bench, Cell, server_pid
-from supervise import report, session, show_stacks_when_asked, until
+from supervise import failing_at_once, report, session, show_stacks_when_asked, until
 
 from mpmemory import testing
 
@@ -67,4 +67,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with failing_at_once():
+        main()

@@ -195,7 +195,7 @@ class SharedMemoryRoad(SimpleQueueRoad):
     def put(self, item: Item) -> None:
         sender, number, body, memory, trap = item
         block = SharedMemory(create=True, size=len(body))
-        block.buf[:] = body
+        block.buf[:] = body  # type: ignore[index]
         self._blocks.append(block)
         super().put((sender, number, block.name, memory, trap))
 
@@ -205,7 +205,7 @@ class SharedMemoryRoad(SimpleQueueRoad):
             block = SharedMemory(name)
         except FileNotFoundError:
             return sender, number, None, memory, trap
-        body = bytes(block.buf)
+        body = bytes(block.buf or b"")
         block.close()
         block.unlink()
         return sender, number, body, memory, trap

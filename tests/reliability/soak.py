@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from supervise import report, session, show_stacks_when_asked
+from supervise import failing_at_once, report, session, show_stacks_when_asked
 
 import mpmemory
 from mpmemory import Memory, SharedBuffer, testing
@@ -125,4 +125,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with failing_at_once():
+        main()

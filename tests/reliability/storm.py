@@ -28,7 +28,7 @@ from typing import Any
 
 import numpy as np
 from deaths import HOW
-from supervise import report, show_stacks_when_asked
+from supervise import failing_at_once, report, show_stacks_when_asked
 
 import mpmemory
 from mpmemory import Memory, SharedBuffer, SharedMemory, WorkerLostError, arrays, testing
@@ -104,7 +104,7 @@ class Actor:
         if kind == 4:
             return arrays.frozen(np.frombuffer(data, "u1")), check
         block = SharedMemory(create=True, size=len(data))
-        block.buf[:] = data
+        block.buf[:] = data  # type: ignore[index]
         self.blocks.append(block)
         if len(self.blocks) > 4:
             old = self.blocks.popleft()
@@ -224,7 +224,8 @@ def task(seed: str) -> Any:
     if choice.random() < 0.05:
         HOW[choice.choice(DEATHS)]()
     data = np.frombuffer(choice.randbytes(choice.choice([100, 100_000])), "u1")
-    return zlib.crc32(data), choice.choice([np.copy, arrays.array, arrays.frozen])(data)
+    make: Any = choice.choice([np.copy, arrays.array, arrays.frozen])
+    return zlib.crc32(data.tobytes()), make(data)
 
 
 def storm(method: str, seed: str, seconds: float) -> dict[str, int]:
@@ -252,9 +253,9 @@ def storm(method: str, seed: str, seconds: float) -> dict[str, int]:
             if time.monotonic() > told + 1:
                 told = time.monotonic()
                 report(deaths=deaths, generation=generation)
-            ends = {process.sentinel: index for index, process in actors.items()}
-            for ready in wait(list(ends), 0.001):
-                index = ends[ready]  # type: ignore[index]
+            indices: dict[Any, int] = {process.sentinel: index for index, process in actors.items()}
+            for ready in wait(list(indices), 0.001):
+                index = indices[ready]
                 actors[index].join()
                 assert actors[index].exitcode in EXITCODES, f"an actor ended with {actors[index].exitcode}"
                 deaths += 1
@@ -262,8 +263,10 @@ def storm(method: str, seed: str, seconds: float) -> dict[str, int]:
             conductor.act()
             if choice.random() < 0.02:  # anywhere, not just at places
                 with contextlib.suppress(ProcessLookupError):
-                    victims = [process.pid for process in (*actors.values(), *list(pool._pool))]
-                    os.kill(choice.choice(victims), signal.SIGKILL)
+                    # Not workers that are still starting: a pool whose workers all end before they are ready breaks.
+                    workers = [worker.pid for worker in list(pool._scheduler._workers) if worker.ready]
+                    victims = [process.pid for process in actors.values()]
+                    os.kill(choice.choice(victims + workers), signal.SIGKILL)
             while len(results) < 8:
                 tasks += 1
                 results.append(pool.apply_async(task, (f"{seed} task {tasks}",)))
@@ -279,10 +282,12 @@ def storm(method: str, seed: str, seconds: float) -> dict[str, int]:
     pool.join()
     del pool
     stage.board[OVER] = 1
-    while ends := {process.sentinel: process for process in actors.values() if process.exitcode is None}:
+    ends: dict[Any, Any] = {process.sentinel: process for process in actors.values()}
+    while ends:
         for ready in wait(list(ends), 0.01):
-            ends[ready].join()  # type: ignore[index]
-            deaths += ends[ready].exitcode != 0  # type: ignore[index]
+            process = ends.pop(ready)
+            process.join()
+            deaths += process.exitcode != 0
         # They may wait for somebody who receives.
         while conductor.receive(True, 0) or conductor.receive(False, 0):
             pass
@@ -316,4 +321,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with failing_at_once():
+        main()

@@ -17,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -50,6 +51,19 @@ def report(**what: Any) -> None:
 def show_stacks_when_asked() -> None:
     """Have this process write the stacks of its threads at SIGUSR1. Called by each process of a program."""
     faulthandler.register(signal.SIGUSR1, all_threads=True)
+
+
+@contextlib.contextmanager
+def failing_at_once() -> Iterator[None]:
+    """End this program at the first error, in its block, with all that it has started: nobody waits for them then."""
+    try:
+        yield
+    except BaseException:
+        traceback.print_exc()
+        for pid in set(session(os.getsid(0))) - {os.getpid()}:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        os._exit(1)
 
 
 def session(sid: int) -> list[int]:
