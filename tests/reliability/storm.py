@@ -172,7 +172,8 @@ class Actor:
         memory = self.stage.growing
         size = memory.size
         if size < GROWN:
-            memory.grow(size + 4096)
+            with contextlib.suppress(ValueError):  # somebody has grown it further
+                memory.grow(size + 4096)
         assert memory.size >= min(size + 4096, GROWN), "it has shrunk"
         with memory.map() as buffer:
             buffer[len(buffer) - 1] = 1
