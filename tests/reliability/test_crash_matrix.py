@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import pytest
-from crash_cells import CHANNELS, METHODS, WHO, Cell, all_cells, is_possible, pairwise
+from crash_cells import Cell, all_cells, is_possible, pairwise
 from deaths import HOW
 from supervise import Failed, Program
 
@@ -36,23 +36,20 @@ def run(cells: Iterable[Cell], record_figure: Callable[[str, Any], None]) -> Non
     assert not failures, "\n\n".join([f"{len(failures)} failures", *failures])
 
 
-@pytest.mark.parametrize("who", WHO)
-@pytest.mark.parametrize("method", METHODS)
-def test_a_few(method: str, who: str, record_figure: Any, long: bool) -> None:
-    """All pairs of who, how, when, channel and start method, each in one cell at least."""
-    cells = [] if long else [cell for cell in pairwise(all_cells()) if (cell.method, cell.who) == (method, who)]
-    if not cells:
-        pytest.skip("all are in the long run" if long else "there are none")
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "cells" not in metafunc.fixturenames:
+        return
+    long = metafunc.config.getoption("long")
+    groups: dict[str, list[Cell]] = {}
+    for cell in all_cells() if long else pairwise(all_cells()):
+        groups.setdefault(f"{cell.method}-{cell.channel if long else cell.who}", []).append(cell)
+    metafunc.parametrize("cells", groups.values(), ids=groups.keys())
+
+
+@pytest.mark.timeout(0)  # the program is watched
+def test_the_matrix(cells: list[Cell], record_figure: Any) -> None:
+    """With --long all that is possible; otherwise each pair of who, how, when, channel, start method once at least."""
     run(cells, record_figure)
-
-
-@pytest.mark.timeout(1200)
-@pytest.mark.parametrize("channel", CHANNELS)
-@pytest.mark.parametrize("method", METHODS)
-def test_all(method: str, channel: str, record_figure: Any, long: bool) -> None:
-    if not long:
-        pytest.skip("only in the long run")
-    run([cell for cell in all_cells() if (cell.method, cell.channel) == (method, channel)], record_figure)
 
 
 def test_the_few_have_all_pairs() -> None:
