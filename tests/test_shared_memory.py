@@ -743,3 +743,11 @@ def test_it_is_a_thin_adaptor() -> None:
     assert isinstance(block._buffer, SharedBuffer)
     assert shared_memory.__all__ == stock.__all__
     block.unlink()
+
+
+def test_a_block_that_outlives_the_modules_says_nothing(run_python: Any) -> None:
+    done = run_python(
+        "import multiprocessing, mpmemory\n"
+        "multiprocessing.current_process().kept = mpmemory.SharedMemory(create=True, size=10)\n"
+    )
+    assert done.stderr == ""
