@@ -308,7 +308,11 @@ def test_lists_that_are_none(long: bool, record_figure: Callable[[str, Any], Non
             tolerate(whole, (ValueError,))
 
     before = peak_memory()
-    tried = explore(look, LISTS, effort(long, 500, 10_000))
+    real: ShareableList[Any] = ShareableList([1, "two", b"three", None, 0.5])
+    real.shm.unlink()
+    content = bytes(real.shm.buf)
+    damaged = CHANGES.map(lambda changes: (changed(content, changes), b"", b""))
+    tried = explore(look, st.one_of(LISTS, damaged), effort(long, 500, 10_000))
     assert read
     assert peak_memory() - before < 200 << 20
     record_figure("hostile lists read", tried)
