@@ -341,8 +341,9 @@ class Memory(Shareable):
         Raises:
             TypeError: `seals` is no Seal.
             SealedError: `Seal.SEAL` is there: no seal can be added.
-            OSError: EBUSY for `Seal.WRITE` while anybody has the memory mapped for writing (`FUTURE_WRITE` lets
-                them go on); ENOTSUP where the backend is not memfd; EACCES if the handle is read-only.
+            OSError: EBUSY for `Seal.WRITE` while anybody has the memory mapped for writing, or for reading by a
+                handle that could write (`FUTURE_WRITE` lets them go on); ENOTSUP where the backend is not memfd;
+                EACCES if the handle is read-only.
         """
         if not isinstance(seals, Seal):
             raise TypeError(f"expected a Seal, found {type(seals).__name__}")

@@ -14,6 +14,7 @@ import functools
 import operator
 import os
 import struct
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from multiprocessing import resource_tracker
 from typing import Any, Generic, Self, SupportsIndex, TypeVar
@@ -127,8 +128,9 @@ class SharedMemory(Shareable):
         if buffer is not None:
             buffer.close()
 
-    def __del__(self) -> None:
-        if hasattr(self, "_buf"):  # set last: it was constructed
+    # Bound early: when the interpreter ends, the modules' globals may be gone, and the kernel closes all.
+    def __del__(self, _is_finalizing: Callable[[], bool] = sys.is_finalizing) -> None:
+        if hasattr(self, "_buf") and not _is_finalizing():  # set last: it was constructed
             self.close()  # that of a subclass, as in the standard library
 
     def unlink(self) -> None:
@@ -325,6 +327,8 @@ class ShareableList(Shareable, Generic[T]):
         index = asked + count if asked < 0 else asked
         if not 0 <= index < count:
             raise IndexError(f"index {asked} is out of range for {count} items")
+        if not 0 <= offsets[index] <= offsets[index + 1] <= offsets[count]:
+            raise ValueError(f"item {asked} of {self._shm!r} is not within the list")
         data = (count + 2) * _WORD
         formats = data + offsets[count]
         return _Place(

@@ -222,6 +222,25 @@ def small_shm() -> list[str]:
 
 
 @pytest.fixture
+def small_cgroup() -> Iterator[list[str]]:
+    """Return what to put before a command so that it may use 64 MB."""
+    name = f"mpmemory-test-{os.getpid()}"
+    for folder, limit in (
+        (Path("/sys/fs/cgroup/memory", name), "memory.limit_in_bytes"),
+        (Path("/sys/fs/cgroup", name), "memory.max"),
+    ):
+        with contextlib.suppress(OSError):
+            folder.mkdir()
+            try:
+                (folder / limit).write_text(str(64 << 20))
+                yield ["sh", "-c", f'echo $$ > {folder}/cgroup.procs && exec "$@"', "-"]
+                return
+            finally:
+                folder.rmdir()
+    pytest.skip("needs a memory cgroup of its own")
+
+
+@pytest.fixture
 def run_python(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
     """Run a program in a new interpreter; fail the test if it fails, unless `check=False`.
 

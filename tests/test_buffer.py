@@ -14,7 +14,6 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -380,24 +379,6 @@ def test_closing_a_buffer_while_another_thread_maps_it(monkeypatch: pytest.Monke
     for _ in range(2):
         with pytest.raises(ValueError, match="buffer is closed"):
             buffer[0]
-
-
-def test_a_mapping_of_the_maximum_number(run_python: Any) -> None:
-    """vm.max_map_count: an OSError that says so, not a crash."""
-    limit = int(Path("/proc/sys/vm/max_map_count").read_text())
-    if limit > 200_000 or sys.version_info < (3, 13):
-        pytest.skip("needs many mappings, and a descriptor for each before Python 3.13")
-    run_python(
-        "import errno, mpmemory, itertools\n"
-        "memory = mpmemory.Memory(1)\n"
-        "kept = []\n"
-        "try:\n"
-        "    for _ in range(300_000): kept.append(memory.map())\n"
-        "except OSError as error:\n"
-        "    assert error.errno == errno.ENOMEM and 'cannot map 1 bytes' in str(error), error\n"
-        "else: raise SystemExit('no limit met')\n"
-        "kept.clear(); memory.map()\n"
-    )
 
 
 # --- alignment ---

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -130,25 +128,6 @@ def test_a_small_file_system_is_reserved_from(small_shm: list[str], run_python: 
     )
     done = run_python(program, prefix=small_shm, env={**os.environ, "MPMEMORY_BACKEND": "posix"})
     assert done.stdout == "28 [Errno 28] cannot have memory of 600000 bytes: No space left on device\n"
-
-
-@pytest.fixture
-def small_cgroup() -> Iterator[list[str]]:
-    """Return what to put before a command so that it may use 64 MB."""
-    name = f"mpmemory-test-{os.getpid()}"
-    for folder, limit in (
-        (Path("/sys/fs/cgroup/memory", name), "memory.limit_in_bytes"),
-        (Path("/sys/fs/cgroup", name), "memory.max"),
-    ):
-        with contextlib.suppress(OSError):
-            folder.mkdir()
-            try:
-                (folder / limit).write_text(str(64 << 20))
-                yield ["sh", "-c", f'echo $$ > {folder}/cgroup.procs && exec "$@"', "-"]
-                return
-            finally:
-                folder.rmdir()
-    pytest.skip("needs a memory cgroup of its own")
 
 
 def test_more_than_the_cgroup_has_cannot_be_reserved(small_cgroup: list[str], run_python: Any) -> None:

@@ -6,9 +6,7 @@ import errno
 import fcntl
 import mmap
 import os
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -105,64 +103,6 @@ def test_sealing_a_memfd_of_another_program() -> None:
         memory.seal(Seal(1 << 20))  # one that the kernel does not know
     with pytest.raises(OSError, match="Operation not supported"):
         Memory.from_fd(os.memfd_create("other")).seal(Seal.GROW)
-
-
-def try_to_write(memory: Memory) -> dict[str, str]:
-    """Return what comes of each way to write to memory that was received."""
-    buffer = memory.map()
-    descriptor = os.open(f"/proc/self/fd/{memory.fileno()}", os.O_RDWR)
-    ways: dict[str, Callable[[], Any]] = {
-        "item": lambda: buffer.__setitem__(0, 1),
-        "map": lambda: memory.map(access=mmap.ACCESS_WRITE),
-        "pwrite": lambda: memory.pwrite(b"x"),
-        "reopened, mapped": lambda: mmap.mmap(descriptor, 0),
-        "reopened, written": lambda: os.pwrite(descriptor, b"x", 0),
-    }
-    found = {}
-    for name, way in ways.items():
-        try:
-            way()
-        except (OSError, TypeError) as error:
-            found[name] = type(error).__name__
-        else:
-            found[name] = "done"
-    os.close(descriptor)
-    assert memory.readonly
-    assert buffer.readonly
-    return found
-
-
-def test_a_readonly_handle_is_mapped_readonly_by_its_receivers(ctx: Any) -> None:
-    memory = Memory.from_bytes(b"abc")
-    with ctx.Pool(1) as pool:
-        found = pool.apply(try_to_write, (memory.as_readonly(),))
-        # A convention, but for what the descriptor itself allows.
-        assert found == {
-            "item": "TypeError",
-            "map": "PermissionError",
-            "pwrite": "OSError",
-            "reopened, mapped": "done",
-            "reopened, written": "done",
-        }
-        pool.close()
-        pool.join()
-    assert memory.pread(3) == b"xbc"
-    assert not memory.readonly
-
-
-def test_what_is_sealed_no_receiver_can_write_to(ctx: Any) -> None:
-    memory = Memory.from_bytes(b"abc")
-    buffer = memory.map()
-    memory.seal(Seal.FUTURE_WRITE)
-    with ctx.Pool(1) as pool:
-        for handle in (memory.as_readonly(), memory):
-            found = pool.apply(try_to_write, (handle,))
-            assert set(found.values()) <= {"TypeError", "PermissionError", "SealedError", "OSError"}, found
-        pool.close()
-        pool.join()
-    assert memory.pread(3) == b"abc"
-    buffer[0] = ord("x")  # the mapping that there was
-    assert memory.pread(3) == b"xbc"
 
 
 def test_readonly_handles(backend: str) -> None:

@@ -97,6 +97,23 @@ def test_the_standard_library_reads_it_and_is_read(values: list[Any]) -> None:
         ours.shm.unlink()
 
 
+def test_items_are_within_the_list() -> None:
+    """Whatever somebody has written there."""
+    for offsets in ((0, 8, -8), (0, 80, 16), (-8, 8, 16), (0, 2**62, 16), (8, 0, 8)):
+        items = ShareableList([1, 2])
+        items.shm.buf[8:32] = struct.pack("3q", *offsets)
+        other = ShareableList(name=items.shm.name)
+        items.shm.unlink()
+        before = bytes(other.shm.buf)
+        for index in range(2):
+            if not 0 <= offsets[index] <= offsets[index + 1] <= offsets[2]:
+                with pytest.raises(ValueError, match=f"item {index} of .* is not within the list"):
+                    other[index] = 5
+        with pytest.raises(ValueError, match="is not within the list"):
+            list(other)
+        assert bytes(other.shm.buf) == before
+
+
 def test_the_layout_is_the_standard_library_s() -> None:
     theirs = stock.ShareableList(DOCUMENTED)
     ours = ShareableList(DOCUMENTED)

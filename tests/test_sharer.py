@@ -132,48 +132,6 @@ def test_a_claimant_that_stalls_is_sent_away(monkeypatch: pytest.MonkeyPatch) ->
         assert pickle.loads(message).size == 10
 
 
-def claim_with_another_key(conn: Any) -> None:
-    multiprocessing.current_process().authkey = b"another"
-    lost = pickle.loads(conn.recv_bytes())
-    with pytest.raises(HandleLostError, match="could not be received: digest sent was rejected"):
-        lost.pread(1)
-    conn.send("rejected")
-
-
-def test_a_claimant_needs_the_authkey(capfd: pytest.CaptureFixture[str]) -> None:
-    message = dumps(Memory(10))
-    ours, theirs = multiprocessing.Pipe()
-    with ours, theirs:
-        child = get_context("spawn").Process(target=claim_with_another_key, args=(theirs,))
-        child.start()
-        ours.send_bytes(message)
-        assert ours.recv() == "rejected"
-        child.join()
-    assert pickle.loads(message).size == 10  # still there for who knows the key
-    assert capfd.readouterr().err == ""
-
-
-def test_another_user_is_not_answered() -> None:
-    if os.geteuid() != 0:
-        pytest.skip("needs to become another user")
-    dumps(Memory(10))
-    address = _sharer._sharer._address
-    reader, writer = os.pipe()
-    if (pid := os.fork()) == 0:
-        os.setuid(65534)
-        try:
-            with connection.Client(address) as conn:
-                conn.recv_bytes()
-        except (EOFError, ConnectionError):
-            os.write(writer, b"refused")
-        finally:
-            os._exit(0)
-    os.close(writer)
-    os.waitpid(pid, 0)
-    assert os.read(reader, 100) == b"refused"
-    os.close(reader)
-
-
 def test_out_of_descriptors_at_the_receiver(run_python: Any) -> None:
     run_python(
         "import multiprocessing.connection, os, pickle, resource, errno\n"

@@ -89,7 +89,7 @@ def test_datagrams_with_descriptors_of_all_kinds(long: bool, record_figure: Call
 
     before = peak_memory()
     with left, right:
-        tried = explore(send_and_receive, st.one_of(FOREIGN, FOREIGN, st.binary()), effort(long, 1500, 50_000))
+        tried = explore(send_and_receive, st.one_of(FOREIGN, FOREIGN, st.binary()), effort(long, 1500, 20_000))
     assert peak_memory() - before < 200 << 20
     record_figure("hostile datagrams received", tried)
 
@@ -182,7 +182,7 @@ def test_segments_whose_sender_lies_and_shrinks_them(long: bool, record_figure: 
 
     before = peak_memory()
     with left, right:
-        tried = explore(send_and_receive, SEGMENT, effort(long, 1500, 50_000))
+        tried = explore(send_and_receive, SEGMENT, effort(long, 1500, 20_000))
     assert opened > tried // 20  # some of them are as they should be, but for what their sender does next
     assert peak_memory() - before < 200 << 20
     record_figure("hostile segments received", tried)
@@ -193,7 +193,7 @@ def test_segments_whose_sender_lies_and_shrinks_them(long: bool, record_figure: 
 
 def test_arrays_in_a_segment_that_is_shrunk_are_the_receivers_own(pipe: Any) -> None:
     left, right = pipe
-    left.send(np.arange(50_000))
+    left.send(np.arange(20_000))
     datagram = right.receive_datagram()
     (lease,) = datagram._fds
     fd = os.memfd_create("copy", os.MFD_ALLOW_SEALING)
@@ -202,7 +202,7 @@ def test_arrays_in_a_segment_that_is_shrunk_are_the_receivers_own(pipe: Any) -> 
     array = right.recv()
     os.ftruncate(fd, 0)
     os.close(fd)
-    assert (array == np.arange(50_000)).all()
+    assert (array == np.arange(20_000)).all()
     array += 1
     assert array.flags.writeable
 
