@@ -51,6 +51,8 @@ def is_possible(cell: Cell) -> bool:
     who, how, when, channel, method = cell
     if who == "fork server" and method != "forkserver":
         return False
+    if (who, channel) in [("fork server", "stock Pool"), ("parent", "stock Pool")]:
+        return False  # its workers stay, waiting for each other's lock, or print tracebacks: nothing of ours is in that
     if who in ("fork server", "resource tracker"):
         return how.startswith("SIG")  # they run no code of ours
     if channel in POOLS:
@@ -59,14 +61,16 @@ def is_possible(cell: Cell) -> bool:
             "sender": ("before send", "in flight", "in a callback"),
             "receiver": ("in a callback",),
             "worker": ("after receive", "holding a lock", "holding arrays", "in a callback"),
-            # Orphans of the stock pool print tracebacks, or wait for each other's lock: nothing of ours is in that.
-            "parent": WHEN if channel == "Pool" else (),
+            "parent": WHEN,
         }
         if when not in moments[who]:
             return False
-    # There these callbacks are in threads, and SystemExit ends just that.
-    in_thread = [("parent", "Pool"), ("parent", "stock Queue"), ("sender", "stock Queue")]
-    return not (when == "in a callback" and how == "SystemExit" and (who, channel) in in_thread)
+    if when == "in a callback":
+        # There it is in a thread: SystemExit ends just that, and what the parent says meanwhile is not sure.
+        if channel == "stock Queue":
+            return who != "parent" and (who, how) != ("sender", "SystemExit")
+        return (who, how, channel) != ("parent", "SystemExit", "Pool")
+    return True
 
 
 def all_cells() -> list[Cell]:
