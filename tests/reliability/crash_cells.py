@@ -51,6 +51,8 @@ def is_possible(cell: Cell) -> bool:
     who, how, when, channel, method = cell
     if who == "fork server" and method != "forkserver":
         return False
+    if (who, channel) in [("fork server", "stock Pool"), ("parent", "stock Pool")]:
+        return False  # its workers stay, waiting for each other's lock, or print tracebacks: nothing of ours is in that
     if who in ("fork server", "resource tracker"):
         return how.startswith("SIG")  # they run no code of ours
     if channel in POOLS:
@@ -63,9 +65,12 @@ def is_possible(cell: Cell) -> bool:
         }
         if when not in moments[who]:
             return False
-    # There these callbacks are in threads, and SystemExit ends just that.
-    in_thread = [("parent", "Pool"), ("parent", "stock Pool"), ("parent", "stock Queue"), ("sender", "stock Queue")]
-    return not (when == "in a callback" and how == "SystemExit" and (who, channel) in in_thread)
+    if when == "in a callback":
+        # There it is in a thread: SystemExit ends just that, and what the parent says meanwhile is not sure.
+        if channel == "stock Queue":
+            return who != "parent" and (who, how) != ("sender", "SystemExit")
+        return (who, how, channel) != ("parent", "SystemExit", "Pool")
+    return True
 
 
 def all_cells() -> list[Cell]:

@@ -160,9 +160,6 @@ def check_parent(bench: Bench) -> None:
     theirs.close()
     workers = bench.hear("victim")
     bench.await_death()
-    if cell.channel == "stock Pool":
-        for _ in workers:  # they go when they have done their task
-            gate.put("go")
     for pid in workers:
         await_pid(pid)
     check_tools(bench.tools, cell)

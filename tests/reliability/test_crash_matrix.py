@@ -15,7 +15,8 @@ from supervise import Failed, Program
 
 def run(cells: Iterable[Cell], record_figure: Callable[[str, Any], None]) -> None:
     """Run cells, in one program; go on in a new one behind each that fails."""
-    left = list(cells)
+    # While a tracker lives, it cleans up behind killed owners of stock queues and pools: at the end it must be alive.
+    left = sorted(cells, key=lambda cell: cell.who != "resource tracker")
     failures = []
     while left:
         begun = 0
@@ -31,6 +32,7 @@ def run(cells: Iterable[Cell], record_figure: Callable[[str, Any], None]) -> Non
             assert begun == len(left)
             break
         except Failed as error:
+            begun = max(begun, 1)  # none, if the program fails before
             failures.append(f"{left[begun - 1]}\n{error}")
             left = left[begun:]
     assert not failures, "\n\n".join([f"{len(failures)} failures", *failures])
