@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import gc
 import sys
 import time
 from pathlib import Path
@@ -15,7 +16,7 @@ from pathlib import Path
 def main() -> int:
     from . import plots, report
     from .measure import Comparison, interleave
-    from .rows import ROWS, question
+    from .rows import FIRST, ROWS, question
     from .session import Session
 
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description="Measure mpmemory next to its peers.")
@@ -36,7 +37,7 @@ def main() -> int:
     rows = list(dict.fromkeys(arguments.rows)) or list(ROWS)
     print(*results.header(), sep="\n", flush=True)
     try:
-        for number, row in enumerate(rows):
+        for number, row in enumerate(sorted(rows, key=lambda row: row not in FIRST)):
             session.begin(row, number, len(rows))
             start = time.monotonic()
             with contextlib.closing(ROWS[row](session)) as comparisons:
@@ -46,11 +47,13 @@ def main() -> int:
                     session.wipe()
                     print(*report.lines(row, measured), sep="\n", flush=True)
             results.seconds[row] = time.monotonic() - start
+            gc.collect()
     except KeyboardInterrupt:
         session.say("interrupted")
         return 130  # as a shell has it: 128 + SIGINT
     finally:
         session.wipe()
+    results.rows = {row: results.rows[row] for row in rows}
     print("", *report.verdicts(results), "", f"{sum(results.seconds.values()):.0f} seconds in all", sep="\n")
     if arguments.output:
         arguments.output.mkdir(parents=True, exist_ok=True)

@@ -5,7 +5,10 @@ from __future__ import annotations
 import ctypes
 import importlib
 import os
+from functools import partial
 from typing import Any
+
+PATIENCE = 3600.0  # seconds that a message may take to come
 
 
 class Channel:
@@ -143,13 +146,21 @@ class FasterFifo(Channel):
     """`faster_fifo.Queue`, one for each direction: rings of bytes in shared memory, for pickles."""
 
     name = "faster-fifo"
+    most = 64 << 20  # as much memory is taken for a queue, twice
 
     def ends(self, most: int) -> tuple[Any, Any]:
         import faster_fifo
         import faster_fifo_reduction  # noqa: F401 (what lets it be sent to a child that is spawned)
 
         out, back = (faster_fifo.Queue(most + (1 << 16)) for _ in range(2))
-        return _End(out, back), _End(back, out)
+        return _PatientEnd(out, back), _PatientEnd(back, out)
+
+
+class _PatientEnd(_End):
+    def __init__(self, outgoing: Any, incoming: Any) -> None:
+        super().__init__(outgoing, incoming)
+        self.send = partial(outgoing.put, timeout=PATIENCE)  # the default is 10 seconds, which other sides may take
+        self.recv = partial(incoming.get, timeout=PATIENCE)
 
 
 class ArrayQueues(Channel):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import signal
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from typing import Any
@@ -97,6 +98,11 @@ class Multiprocess(Stock):
 
     name = "multiprocess"
     module = "multiprocess"
+
+    def __init__(self, workers: int) -> None:
+        importlib.import_module("multiprocess.resource_tracker").ensure_running()  # it unblocks SIGINT: see `shielded`
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        super().__init__(workers)
 
 
 class Torch(Stock):

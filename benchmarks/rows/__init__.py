@@ -39,6 +39,9 @@ ROWS: dict[str, Row] = {
     "memories": growth.many_memories,
 }
 
+# They fork this process, which should be small then: they run before others have filled it.
+FIRST = ("start", "lock")
+
 
 def question(row: str) -> str:
     """Return what a row asks."""

@@ -166,7 +166,7 @@ def dataframe(session: Session) -> Generator[Comparison, None, None]:
     100 MB: ten columns of floats, two of ints, one of categories.
     """
     with session.attempt("pandas"), contextlib.ExitStack() as stack:
-        frame = _frame(10_000 if session.quick else 960_000)
+        frame = _frame(10_000 if session.quick else 1_031_000)
         started = pools(session, stack, MAIN)
         nbytes = int(frame.memory_usage().sum())
         yield Comparison(

@@ -79,8 +79,8 @@ def echo_pipe(session: Session) -> Generator[Comparison, None, None]:
     in place, and copies into one of its own to send it back; each side waits for an event. arrayqueues hands out a
     view of a slot that is overwritten later. A torch tensor is moved to shared memory once, and goes there and back
     by reference: nobody has a copy of their own. faster-fifo and arrayqueues have queues as large as the largest
-    message takes; the latter is left out above 16 MB, since it writes all of its ring beforehand. The limit is
-    copying the array twice within one process, between warm buffers: once for each direction.
+    message takes, or more; they are left out above 64 and 16 MB. The limit is copying the array twice within one
+    process, between warm buffers: once for each direction.
     """
     sizes = session.sizes(SIZES)
     with contextlib.ExitStack() as stack:
