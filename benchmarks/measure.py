@@ -20,7 +20,7 @@ SIDE_SECONDS = 0.5  # a side that has taken more than this is left out of furthe
 SLOWEST_SECONDS = 5.0  # and the least is less for one that has taken more than this
 SAMPLE_SECONDS = 0.005  # a sample is the mean of as many calls as take about this long
 MOST_CALLS = 1000
-WARM_SECONDS = 0.25  # before each sample there is a call that does not count, unless it takes more than this
+WARM_SECONDS = 1.0  # before each sample there is a call that does not count, unless it takes more than this
 
 NEVER = math.inf  # the sample of what did not end
 
