@@ -44,8 +44,9 @@ def assert_no_leaks(*, timeout: float = 10.0) -> Iterator[None]:
     - processes started by this one, and by those in turn, running or not waited for;
     - memory of this package that any of these processes holds: label, size, and who holds it. That of the `file`
       backend cannot be told from other files, and is found in this process only, as a descriptor or mapping;
-    - names in /dev/shm, whatever made them, unless a process outside of this tree has the object open or mapped. If
-      nobody has it, nobody can tell who left it: a process of this tree, or, with pytest-xdist, one of another worker.
+    - names in /dev/shm but those of semaphores, whatever made them, unless a process outside of this tree has the
+      object open or mapped. If nobody has it, nobody can tell who left it: a process of this tree, another program, or,
+      with pytest-xdist, another worker.
 
     What goes by itself is waited for, `timeout` seconds at most: processes that are ending, and memory that other
     processes of the tree keep warm for some seconds. What this process keeps for later use is given up at once, and
@@ -88,7 +89,8 @@ def _look() -> _Things:
     things.update(_memories([os.getpid(), *pids]))
     with contextlib.suppress(FileNotFoundError), os.scandir(_SHM) as entries:
         for entry in entries:
-            if not entry.is_file(follow_symlinks=False):  # a folder of a program that keeps its files here
+            # Not a folder of a program that keeps its files here, nor a semaphore, which is no memory.
+            if not entry.is_file(follow_symlinks=False) or entry.name.startswith("sem."):
                 continue
             things["name", entry.name, entry.inode()] = 1, entry.path
     return things
@@ -271,7 +273,7 @@ def _of_this_tree(names: list[tuple[Any, ...]]) -> _Things:
 
 
 def _in_shm(pid: int) -> set[_holders.Identity]:
-    """Return what a process has of /dev/shm: by device and inode, since semaphores were created under other names."""
+    """Return what a process has of /dev/shm, by device and inode: a name can be given to something else."""
     found = set()
     with open(f"/proc/{pid}/maps", errors="surrogateescape") as maps:
         for line in maps:

@@ -243,9 +243,7 @@ def test_names_of_others_are_not_ours() -> None:
         "import os, sys\n"
         "if os.fork(): os._exit(0)\n"  # an orphan is in no tree
         "from mpmemory import SharedMemory\n"
-        "import multiprocessing\n"
         f"block = SharedMemory({name!r}, create=True, size=100, track=False)\n"
-        "semaphore = multiprocessing.get_context('spawn').Semaphore()\n"
         "print('made', flush=True); sys.stdin.read(); block.unlink(); print('gone', flush=True)"
     )
     options: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
