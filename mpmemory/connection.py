@@ -25,6 +25,15 @@ if TYPE_CHECKING:
     from typing_extensions import Buffer  # collections.abc.Buffer, from 3.12 on
 
 
+class _Socket(socket.socket):
+    """A socket that is closed when it goes, without a warning."""
+
+    # Not left to the Connection: if both are garbage, in a cycle, either may be finalized first.
+    def __del__(self) -> None:
+        if self.fileno() >= 0:  # not if it was none, and never set up
+            self.close()
+
+
 class Connection(Shareable):
     """One end of a Pipe, with the API of `multiprocessing.connection.Connection`.
 
@@ -50,7 +59,7 @@ class Connection(Shareable):
         if not readable and not writable:
             raise ValueError("at least one of `readable` and `writable` must be True")
         try:
-            sock = socket.socket(fileno=number)
+            sock = _Socket(fileno=number)
         except OSError as error:
             raise ValueError(f"expected a socket, found file descriptor {number}: {error.strerror}") from None
         if sock.family != socket.AF_UNIX or sock.type != socket.SOCK_SEQPACKET:
@@ -188,7 +197,7 @@ class Connection(Shareable):
     def __del__(self, _release: Callable[[], None] = release_launched) -> None:
         sock = getattr(self, "_sock", None)
         if sock is not None:
-            sock.close()  # before it is collected: a socket would warn
+            sock.close()
             _release()
 
     def __enter__(self) -> Self:
@@ -231,8 +240,8 @@ def _rebuild_connection(cls: type[Connection], shared: Any, readable: bool, writ
     sock = None
     if isinstance(fd, OwnedFd):
         try:
-            with borrow_socket(fd.fileno()) as borrowed:  # which finds out whether it is one
-                sock = borrowed.dup()
+            with borrow_socket(fd.fileno()):  # finds out whether it is one
+                sock = _Socket(fileno=dup(fd.fileno()))
         except OSError as error:
             fd = LostFd.because(error, "the connection could not be opened")
     self._set_up(sock, None if sock else fd, readable, writable)

@@ -14,6 +14,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from multiprocessing import forkserver
 from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 from typing import Any
@@ -162,6 +163,12 @@ def skip_unless_available(nbytes: int) -> None:
     assert match
     if int(match[1]) * 1024 < nbytes:
         pytest.skip(f"needs {nbytes >> 30} GB of memory")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _the_fork_server_knows_no_test() -> None:
+    """Start it now: the environment of whoever starts it is that of all children it will have."""
+    forkserver.ensure_running()
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import forkserver
 from typing import Any
@@ -27,6 +27,14 @@ from conftest import START_METHODS
 
 import mpmemory
 from mpmemory import Memory, SharedBuffer
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _the_fork_server_is_as_before() -> Iterator[None]:
+    yield
+    forkserver._forkserver._stop()  # type: ignore[attr-defined]
+    forkserver.ensure_running()
+
 
 # Each sends a memory and a buffer to another process, which answers in them. Those with a way back
 # return what the other process made.

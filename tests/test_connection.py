@@ -470,6 +470,17 @@ def test_a_connection_that_arrived_on_something_else_is_lost(pipe: Any) -> None:
         conn.recv()
 
 
+def test_a_socket_that_goes_before_its_connection_goes_in_silence(pipe: Any) -> None:
+    """As the garbage collector may have it. A warning would be an error here."""
+    left, right = pipe
+    left.send(right)
+    for conn in (left, right.recv()):
+        fd = conn.fileno()
+        conn._sock = None
+        with pytest.raises(OSError, match="Bad file descriptor"):
+            os.fstat(fd)
+
+
 def test_a_handle_unpickled_apart_from_its_message_is_lost(pipe: Any) -> None:
     shared = _messages.Message.of_object(Memory(10))
     (piece,) = shared._pieces

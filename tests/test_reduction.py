@@ -237,7 +237,7 @@ def test_importing_changes_nothing_but_the_picklers_table(run_python: Any) -> No
         "before = {m: dict(vars(m)) for m in (multiprocessing, multiprocessing.reduction, context)}\n"
         "table = set(multiprocessing.reduction.ForkingPickler._extra_reducers)\n"
         "fds = os.listdir('/proc/self/fd')\n"
-        "import mpmemory\n"
+        "import mpmemory, mpmemory.pool, mpmemory.queues, mpmemory.shared_memory\n"
         "for module, names in before.items():\n"
         "    for name, value in names.items():\n"
         "        assert vars(module)[name] is value, (module, name)\n"
