@@ -143,6 +143,11 @@ class Scheduler:
                 self._refuse(job)
             elif worker is not None:
                 self._send(worker, task)
+                with self._lock:
+                    # It may have looked for work for an idle worker just before this was sent to a busy one.
+                    missed = len(worker.tasks) > 1 and not all(each.tasks for each in self._workers)
+                if missed:
+                    self._wake()
         except BaseException:
             self._withdraw(task)
             raise

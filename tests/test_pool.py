@@ -400,6 +400,38 @@ def test_a_task_that_is_taken_back_before_its_sender_has_noted_that_it_was_sent(
         monkeypatch.undo()
 
 
+def test_a_task_that_is_sent_just_after_an_idle_worker_was_looked_after(monkeypatch: pytest.MonkeyPatch) -> None:
+    with contextlib.ExitStack() as stack:
+        pool = stack.enter_context(mpmemory.Pool(2))
+        busy = {}
+        for _ in range(2):
+            ours, theirs = (stack.enter_context(end) for end in mpmemory.Pipe())
+            pool.apply_async(wait_for, (theirs,))
+            busy[ours.recv()] = ours
+        scheduler: Any = pool._scheduler  # type: ignore[attr-defined]
+        balance, send_datagram = scheduler._balance, mpmemory.connection.Connection.send_datagram
+        sender, looked, once = threading.current_thread(), threading.Event(), iter([True])
+
+        def look() -> Any:
+            moved = balance()
+            if not all(worker.tasks for worker in scheduler._workers):
+                looked.set()
+            return moved
+
+        def send_late(self: Any, datagram: Any, *, wait: bool) -> bool:
+            if threading.current_thread() is sender and next(once, False):
+                (other,) = (worker for worker in scheduler._workers if worker.channel is not self)
+                busy.pop(other.pid).send("end")  # it is idle now
+                assert looked.wait(PATIENCE)
+            sent: bool = send_datagram(self, datagram, wait=wait)
+            return sent
+
+        monkeypatch.setattr(scheduler, "_balance", look)
+        monkeypatch.setattr(mpmemory.connection.Connection, "send_datagram", send_late)
+        assert pool.apply_async(square, (5,)).get(PATIENCE) == 25
+        monkeypatch.undo()
+
+
 def test_a_worker_that_starts_slowly_keeps_nothing(ctx: Any, tmp_path: Path) -> None:
     ours, theirs = ctx.Pipe()
     with ours, theirs, ctx.Pool(2, wait_once, (str(tmp_path / "once"), theirs)) as pool:
