@@ -20,7 +20,8 @@ SIDE_SECONDS = 0.5  # a side that has taken more than this is left out of furthe
 SLOWEST_SECONDS = 5.0  # and the least is less for one that has taken more than this
 SAMPLE_SECONDS = 0.005  # a sample is the mean of as many calls as take about this long
 MOST_CALLS = 1000
-WARM_SECONDS = 1.0  # before each sample there is a call that does not count, unless it takes more than this
+WARM_SECONDS = 1.0  # before each sample there are calls that do not count, unless one takes more than this
+WARM_CALLS = 2  # so many: what is sent back may arrive before the memory it came in is free again
 
 NEVER = math.inf  # the sample of what did not end
 
@@ -150,7 +151,7 @@ def interleave(comparison: Comparison, watcher: Watcher) -> Measured:
     """Sample all sides in turn, every other round backwards, so that no side always follows the same one.
 
     A first round is dropped: it fills caches, starts helpers and threads, and tells how many calls make a sample.
-    Before each sample there is a call that does not count, so that what keeps memory warm for some seconds finds it
+    Before each sample there are calls that do not count, so that what keeps memory warm for some seconds finds it
     so, however long the others take: this is about what is done again and again.
     A side that is slow is left out of the later rounds, and one that fails of all; but what ours raises is raised.
     """
@@ -169,7 +170,7 @@ def interleave(comparison: Comparison, watcher: Watcher) -> Measured:
         start, seconds = perf_counter(), math.nan
         with watcher.attempt(side.name, ours=side is ours):
             if warm[side.name]:
-                _time(side.run, 1)
+                _time(side.run, WARM_CALLS)
             seconds = _time(side.run, calls[side.name])
         spent[side.name] += perf_counter() - start
         if math.isnan(seconds):

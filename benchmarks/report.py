@@ -46,7 +46,7 @@ backwards. A run is {ROUNDS} rounds, or fewer for what takes long. A slow side e
 seconds each, and is compared with ours of the same rounds. A sample is the mean of as many calls as take about 5 ms. A
 first round is dropped.
 
-Before each sample there is a call that does not count, if it takes less than a second: this is about what
+Before each sample there are two calls that do not count, if one takes less than a second: this is about what
 is done again and again. What is done once, or after a pause of seconds, finds colder memory.
 
 Each cell has the median. Below it, for peers: how many times as much it takes as ours, the median of the rounds, and in

@@ -43,11 +43,11 @@ from .errors import failed
 from .reduction import MessageFd, in_message
 
 #: A payload of up to so many bytes travels in the datagram itself.
-INLINE_MAX = 32 << 10
+INLINE_MAX = 64 << 10
 
 #: A buffer of less bytes is copied into the pickle, which is cheaper than a place of its own. Not more than
 #: 64 KB: what is larger, the pickler hands over without a copy, as an object without a length.
-BUFFER_MIN = 16 << 10
+BUFFER_MIN = 60 << 10
 
 _HEADER = struct.Struct("<2sBxIQQQ")
 _TAG = struct.Struct("<8xQ")

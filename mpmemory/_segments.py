@@ -19,6 +19,7 @@ Where there are no such locks a segment is used once.
 
 from __future__ import annotations
 
+import errno
 import mmap
 import os
 import threading
@@ -34,6 +35,9 @@ from .errors import failed
 
 #: The least size of a segment in bytes. Sizes are powers of two.
 MIN_SIZE = 1 << 16
+
+# What the system says when there is no memory, no room in /dev/shm, or no descriptor.
+_SHORT = {errno.ENOMEM, errno.ENOSPC, errno.EMFILE, errno.ENFILE}
 
 #: What the offset of a buffer in a segment is a multiple of, in bytes.
 ALIGNMENT = 64
@@ -109,7 +113,13 @@ class Warm:
             finally:
                 if free:
                     self._segments.setdefault(size, []).extend(free)
-        return Segment(size)
+        try:
+            return Segment(size)
+        except OSError as error:
+            if error.errno not in _SHORT:
+                raise
+            self.release(float("inf"))  # what is only kept for later makes room
+            return Segment(size)
 
     def give_back(self, segment: Segment) -> None:
         if platform.can_lease():

@@ -79,9 +79,11 @@ def run(channel: Connection, lifeline: Lifeline, initializer: Callable[..., obje
             task = _next_task(channel)
             if task.tag == ABOUT_WORKER:
                 return
-            # Nothing of the task or its result is kept while the worker waits for the next.
-            channel.send_datagram(_run_task(task, interrupts))
+            answer = _run_task(task, interrupts)
+            # Before the answer goes: then the pool may want to use the memory of the arguments again.
             del task
+            channel.send_datagram(answer)
+            del answer  # nothing is kept while the worker waits for the next
 
 
 def _next_task(channel: Connection) -> Datagram:

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import START_METHODS, mappings, open_fds
+from conftest import LIMITED, START_METHODS, mappings, open_fds
 
 from mpmemory import _reaper, _segments, get_context
 from mpmemory._reaper import reaper
@@ -175,4 +175,28 @@ def test_five_thousand_arrays_from_a_queue_are_kept_and_given_up(run_python: Any
         "assert os.listdir('/proc/self/fd') == fds\n"
         "ctypes.CDLL(None).malloc_trim(0)\n"  # what the C library keeps of freed copies is not ours
         "assert resident() < memory + 100e6, resident() - memory\n"
+    )
+
+
+def test_what_is_warm_makes_room(run_python: Any) -> None:
+    run_python(
+        LIMITED + "from mpmemory._segments import MIN_SIZE, warm\n"
+        "taken = [warm.take(MIN_SIZE) for _ in range(5)]\n"
+        "for segment in taken:\n"
+        "    warm.give_back(segment)\n"
+        "del taken, segment\n"
+        "with no_descriptors_left():\n"
+        "    assert warm.take(4 * MIN_SIZE).size == 4 * MIN_SIZE\n"
+        "assert not warm._segments\n"
+        "expect_the_limit(lambda: warm.take(MIN_SIZE))\n"
+    )
+
+
+def test_what_is_warm_makes_room_in_a_small_file_system(run_python: Any, small_shm: list[str]) -> None:
+    run_python(
+        "import os\nos.environ['MPMEMORY_BACKEND'] = 'posix'\n"
+        "from mpmemory._segments import warm\n"
+        "warm.give_back(warm.take(1 << 19))\n"
+        "assert warm.take(1 << 20).size == 1 << 20\n",
+        prefix=small_shm,
     )
