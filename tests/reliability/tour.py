@@ -10,6 +10,7 @@ import multiprocessing
 import os
 import sys
 from collections.abc import Callable
+from multiprocessing.pool import MaybeEncodingError  # type: ignore[attr-defined]
 from typing import Any
 
 import mpmemory
@@ -137,7 +138,7 @@ def main() -> None:
             continue
         try:
             action()
-        except (OSError, mpmemory.MpMemoryError, MemoryError) as error:
+        except (OSError, mpmemory.MpMemoryError, MemoryError, MaybeEncodingError) as error:
             found[action.__name__] = f"{type(error).__name__}: {error}"
             del error
         else:
