@@ -1,6 +1,6 @@
 """Pool: what it shares with multiprocessing's, and what it does better.
 
-Deaths are in test_pool_deaths.py, imap in test_imap.py.
+Deaths are in test_pool_deaths.py, imap in test_imap.py, moments between two lines in test_pool_races.py.
 """
 
 from __future__ import annotations
@@ -360,76 +360,6 @@ def test_no_task_waits_behind_a_long_one(ctx: Any) -> None:
         assert not long.ready()
         ours.send("end")
         assert long.get(PATIENCE) == "released"
-
-
-def test_a_task_that_is_taken_back_before_its_sender_has_noted_that_it_was_sent(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    with contextlib.ExitStack() as stack:
-        pool = stack.enter_context(mpmemory.Pool(2))
-        busy = {}
-        for _ in range(2):
-            ours, theirs = (stack.enter_context(end) for end in mpmemory.Pipe())
-            pool.apply_async(wait_for, (theirs,))
-            busy[ours.recv()] = ours
-        scheduler: Any = pool._scheduler  # type: ignore[attr-defined]
-        send, send_datagram = scheduler._send, mpmemory.connection.Connection.send_datagram
-        sender = threading.current_thread()
-        taken_back, noted, once = threading.Event(), threading.Event(), iter([True])
-
-        def send_task(worker: Any, task: Any) -> None:
-            if threading.current_thread() is sender:
-                send(worker, task)
-                noted.set()
-            else:  # the scheduler has taken it back, for the other worker
-                taken_back.set()
-                assert noted.wait(PATIENCE)
-                send(worker, task)
-
-        def send_slowly(self: Any, datagram: Any, *, wait: bool) -> bool:
-            sent: bool = send_datagram(self, datagram, wait=wait)
-            if threading.current_thread() is sender and next(once, False):
-                (other,) = (worker for worker in scheduler._workers if worker.channel is not self)
-                busy[other.pid].send("end")  # it is idle now
-                assert taken_back.wait(PATIENCE)
-            return sent
-
-        monkeypatch.setattr(scheduler, "_send", send_task)
-        monkeypatch.setattr(mpmemory.connection.Connection, "send_datagram", send_slowly)
-        assert pool.apply_async(square, (5,)).get(PATIENCE) == 25
-        monkeypatch.undo()
-
-
-def test_a_task_that_is_sent_just_after_an_idle_worker_was_looked_after(monkeypatch: pytest.MonkeyPatch) -> None:
-    with contextlib.ExitStack() as stack:
-        pool = stack.enter_context(mpmemory.Pool(2))
-        busy = {}
-        for _ in range(2):
-            ours, theirs = (stack.enter_context(end) for end in mpmemory.Pipe())
-            pool.apply_async(wait_for, (theirs,))
-            busy[ours.recv()] = ours
-        scheduler: Any = pool._scheduler  # type: ignore[attr-defined]
-        balance, send_datagram = scheduler._balance, mpmemory.connection.Connection.send_datagram
-        sender, looked, once = threading.current_thread(), threading.Event(), iter([True])
-
-        def look() -> Any:
-            moved = balance()
-            if not all(worker.tasks for worker in scheduler._workers):
-                looked.set()
-            return moved
-
-        def send_late(self: Any, datagram: Any, *, wait: bool) -> bool:
-            if threading.current_thread() is sender and next(once, False):
-                (other,) = (worker for worker in scheduler._workers if worker.channel is not self)
-                busy.pop(other.pid).send("end")  # it is idle now
-                assert looked.wait(PATIENCE)
-            sent: bool = send_datagram(self, datagram, wait=wait)
-            return sent
-
-        monkeypatch.setattr(scheduler, "_balance", look)
-        monkeypatch.setattr(mpmemory.connection.Connection, "send_datagram", send_late)
-        assert pool.apply_async(square, (5,)).get(PATIENCE) == 25
-        monkeypatch.undo()
 
 
 def test_a_worker_that_starts_slowly_keeps_nothing(ctx: Any, tmp_path: Path) -> None:

@@ -1,0 +1,90 @@
+"""Pool: what may happen while a task is being sent, made to happen."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+from test_pool import PATIENCE, square, wait_for
+
+import mpmemory
+from mpmemory.connection import Connection
+
+
+@pytest.fixture
+def pool() -> Iterator[Any]:
+    with mpmemory.Pool(2) as pool:
+        yield pool
+
+
+@pytest.fixture
+def release(pool: Any) -> Iterator[Callable[[Connection], None]]:
+    """Give both workers something to do; return what ends that of the one that a task is not just being sent to."""
+    with contextlib.ExitStack() as stack:
+        busy = {}
+        for _ in range(2):
+            ours, theirs = (stack.enter_context(end) for end in mpmemory.Pipe())
+            pool.apply_async(wait_for, (theirs,))
+            busy[ours.recv()] = ours
+
+        def release_other(channel: Connection) -> None:
+            (other,) = (worker for worker in pool._scheduler._workers if worker.channel is not channel)
+            busy[other.pid].send("end")
+
+        yield release_other
+
+
+def test_a_task_that_is_taken_back_before_its_sender_has_noted_that_it_was_sent(
+    pool: Any, release: Callable[[Connection], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    send, send_datagram = pool._scheduler._send, Connection.send_datagram
+    sender = threading.current_thread()
+    taken_back, noted, once = threading.Event(), threading.Event(), iter([True])
+
+    def send_task(worker: Any, task: Any) -> None:
+        if threading.current_thread() is sender:
+            send(worker, task)
+            noted.set()
+        else:  # the scheduler has taken it back, for the other worker
+            taken_back.set()
+            assert noted.wait(PATIENCE)
+            send(worker, task)
+
+    def send_slowly(self: Any, datagram: Any, *, wait: bool) -> bool:
+        sent = send_datagram(self, datagram, wait=wait)
+        if threading.current_thread() is sender and next(once, False):
+            release(self)
+            assert taken_back.wait(PATIENCE)
+        return sent
+
+    with monkeypatch.context() as patched:
+        patched.setattr(pool._scheduler, "_send", send_task)
+        patched.setattr(Connection, "send_datagram", send_slowly)
+        assert pool.apply_async(square, (5,)).get(PATIENCE) == 25
+
+
+def test_a_task_that_is_sent_just_after_work_for_an_idle_worker_was_looked_for(
+    pool: Any, release: Callable[[Connection], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    balance, send_datagram = pool._scheduler._balance, Connection.send_datagram
+    sender, looked, once = threading.current_thread(), threading.Event(), iter([True])
+
+    def look() -> Any:
+        moved = balance()
+        if not all(worker.tasks for worker in pool._scheduler._workers):
+            looked.set()
+        return moved
+
+    def send_late(self: Any, datagram: Any, *, wait: bool) -> bool:
+        if threading.current_thread() is sender and next(once, False):
+            release(self)
+            assert looked.wait(PATIENCE)
+        return send_datagram(self, datagram, wait=wait)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(pool._scheduler, "_balance", look)
+        patched.setattr(Connection, "send_datagram", send_late)
+        assert pool.apply_async(square, (5,)).get(PATIENCE) == 25
