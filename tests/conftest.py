@@ -27,7 +27,10 @@ from mpmemory._reaper import reaper
 from mpmemory.connection import Pipe
 
 START_METHODS = ["fork", "forkserver", "spawn"]
-BACKENDS = [name for name, backend in _backends.BACKENDS.items() if backend.available()]
+# Not in children, which import this as well: some are killed at any moment, and that of posix makes a name to find out.
+BACKENDS = []
+if multiprocessing.parent_process() is None:
+    BACKENDS = [name for name, backend in _backends.BACKENDS.items() if backend.available()]
 
 # A message of 1,000 handles is 2,000 descriptors here, and many systems start with a limit of 1,024.
 with contextlib.suppress(ValueError):  # more is not allowed
