@@ -43,9 +43,12 @@ def reap_orphans() -> None:
     kept = {os.getpid(), server_pid("resource tracker"), server_pid("fork server")}
 
     def are_gone() -> bool:
+        if not set(session(os.getsid(0))) <= kept:
+            return False
+        # Only now: those that have just ended are children of this process by the time that their parents have.
         with open(f"/proc/self/task/{os.getpid()}/children") as children:
             orphans = set(map(int, children.read().split())) - kept
-        return all(os.waitpid(pid, os.WNOHANG)[0] for pid in orphans) and set(session(os.getsid(0))) <= kept
+        return all(os.waitpid(pid, os.WNOHANG)[0] for pid in orphans)
 
     assert until(are_gone, LIMIT), f"processes are left: {set(session(os.getsid(0))) - kept}"
 
