@@ -99,18 +99,22 @@ def _look_into(pid: int, found: dict[Identity, Held]) -> None:
         memory, holder = hold((status.st_dev, status.st_ino), link)
         memory.size, memory.resident = status.st_size, status.st_blocks * 512  # stat(2): in units of 512 bytes
         holder.fds += 1
+    for identity, path, nbytes in _mappings(pid, "mpmemory"):
+        link = _LINK.fullmatch(path)
+        if link is not None:
+            memory, holder = hold(identity, link)
+            memory.size = max(memory.size, nbytes)
+            holder.mappings += 1
+
+
+def _mappings(pid: int, *words: str) -> Iterator[tuple[Identity, str, int]]:
+    """Yield file, path and bytes of each mapping of a process that has one of `words` in its path."""
     with open(f"/proc/{pid}/maps", errors="surrogateescape") as maps:
         for line in maps:
-            if "mpmemory" not in line:  # most of some hundred lines
-                continue
-            mapping = _MAPPING.match(line)
-            link = _LINK.fullmatch(mapping[6]) if mapping else None
-            if mapping is None or link is None:
-                continue
-            device = os.makedev(int(mapping[3], 16), int(mapping[4], 16))
-            memory, holder = hold((device, int(mapping[5])), link)
-            memory.size = max(memory.size, int(mapping[2], 16) - int(mapping[1], 16))
-            holder.mappings += 1
+            # First that: most of some hundred lines are of no interest.
+            if any(word in line for word in words) and (mapping := _MAPPING.match(line)):
+                device = os.makedev(int(mapping[3], 16), int(mapping[4], 16))
+                yield (device, int(mapping[5])), mapping[6], int(mapping[2], 16) - int(mapping[1], 16)
 
 
 def _paths(folder: str) -> Iterable[str]:

@@ -53,9 +53,8 @@ def map_memory(memory: Memory, length: int, start: int, access: int) -> Mapping:
     fd = memory._open()  # held until it is mapped: another thread may close the handle
     number = fd.fileno()
     try:
-        if not stat.S_ISREG(
-            os.fstat(number).st_mode
-        ):  # what came from elsewhere: a device may have any memory, or none
+        # Not if it came from elsewhere, and is none: a device may have any memory, or none.
+        if not stat.S_ISREG(os.fstat(number).st_mode):
             raise OSError(errno.ENODEV, "")
         mapping = platform.map_fd(Mapping, number, length, access=access, offset=start)
     except OSError as error:

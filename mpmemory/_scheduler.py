@@ -228,7 +228,7 @@ class Scheduler:
         """Reserve a place for the task at the worker of the least load, if that is below `limit`. Locked."""
         best, least = None, limit
         for worker in workers:
-            if (load := worker.given - worker.done) < least and worker.is_open():
+            if (load := worker.load) < least and worker.is_open():
                 best, least = worker, load
         if best is not None:
             best.reserve(task)

@@ -43,12 +43,12 @@ class Lifeline(Shareable):
         platform.kill_at_hangup(self._reader.fileno())
 
     def let_go(self) -> None:
-        """Close the writing end: in the maker all is over then; in a forked child it is the maker's alone."""
+        """Close the writing end, in a forked child: it is the maker's alone."""
         self._writer = None
 
     def close(self) -> None:
-        """Close both ends: nobody will hold on to it any more."""
-        self._writer = None
+        """Close both ends, in the maker: all is over, and nobody will hold on to it any more."""
+        self.let_go()
         self._reader = OwnedFd(-1)
 
     def _reduce(self) -> tuple[Callable[..., Self], tuple[Any, ...]]:

@@ -9,7 +9,6 @@ import contextlib
 import gc
 import multiprocessing
 import os
-import re
 import stat
 import time
 from collections.abc import Iterable, Iterator
@@ -22,9 +21,6 @@ from ._backends import platform
 __all__ = ["assert_no_leaks"]
 
 _SHM = "/dev/shm"
-
-# Mappings of memory that can be shared, whatever its name: memfds, too, are "(deleted)".
-_MAPPING = re.compile(r"([0-9a-f]+)-([0-9a-f]+) \S+ \S+ (\S+ \d+) +(.*\(deleted\)|/dev/shm/.*)")
 
 # What is left in this process alone is waited for so long, in seconds: only a thread could still give it up.
 _MOMENT = 2.0
@@ -178,15 +174,11 @@ def _descriptors() -> Iterator[tuple[int, str]]:
 
 
 def _mapped() -> _Things:
-    sizes: dict[tuple[str, str], int] = {}
+    sizes: dict[tuple[_holders.Identity, str], int] = {}
     if platform.has_proc():
-        with open("/proc/self/maps", errors="surrogateescape") as lines:
-            for line in lines:
-                if "(deleted)" in line or _SHM in line:
-                    match = _MAPPING.match(line)
-                    if match:
-                        key = match[3], match[4]  # device and inode; path
-                        sizes[key] = sizes.get(key, 0) + int(match[2], 16) - int(match[1], 16)
+        # Of memory that can be shared, whatever its name: memfds, too, are "(deleted)".
+        for identity, path, nbytes in _holders._mappings(os.getpid(), "(deleted)", _SHM):
+            sizes[identity, path] = sizes.get((identity, path), 0) + nbytes
     return {("mapping", *key): (size, f"mapping of {key[1]}: {size} bytes in all") for key, size in sizes.items()}
 
 
@@ -274,13 +266,7 @@ def _of_this_tree(names: list[tuple[Any, ...]]) -> _Things:
 
 def _in_shm(pid: int) -> set[_holders.Identity]:
     """Return what a process has of /dev/shm, by device and inode: a name can be given to something else."""
-    found = set()
-    with open(f"/proc/{pid}/maps", errors="surrogateescape") as maps:
-        for line in maps:
-            if _SHM in line and (match := _MAPPING.match(line)):
-                device, inode = match[3].split()
-                major, minor = device.split(":")
-                found.add((os.makedev(int(major, 16), int(minor, 16)), int(inode)))
+    found = {identity for identity, _, _ in _holders._mappings(pid, _SHM)}
     for fd in _holders._paths(f"/proc/{pid}/fd"):
         with contextlib.suppress(FileNotFoundError):  # closed meanwhile
             if os.readlink(fd).startswith(_SHM):
