@@ -559,7 +559,7 @@ class Scheduler:
             self._refuse(job)
         for worker in workers:
             worker.forget()
-        # A pool that has ended keeps no descriptor, however long its object stays.
+        # A pool that has ended keeps no descriptor, however long its object stays, but those of its Process objects.
         self._lifeline.close()
         self._wake_fd = OwnedFd(-1)
 

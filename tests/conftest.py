@@ -183,6 +183,9 @@ def _old_objects_are_not_collected() -> None:
 
 @pytest.fixture(autouse=True)
 def _leaves_nothing(no_memory_leaks: None) -> Iterator[None]:
+    # What has descriptors and awaits collection (a pool in the frames of an error) must not go in the middle of a test
+    # that compares them.
+    gc.collect()
     yield
     # Many tests pickle handles that nobody is to receive, and failed ones leave what the next must not find.
     _sharer._sharer.stop(timeout=10)

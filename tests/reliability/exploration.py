@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -33,7 +32,6 @@ def explore(test: Callable[[Any], None], strategy: st.SearchStrategy[Any], effor
         count += 1
         test(example)
 
-    gc.collect()  # what earlier tests left must not go in the middle
     effort(given(strategy)(counted))()
     return count
 
