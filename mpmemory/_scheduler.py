@@ -492,7 +492,6 @@ class Scheduler:
 
     def _bury(self, worker: Worker) -> None:
         """Settle what a dead worker leaves: its last results, the tasks it has not read, the one it was running."""
-        assert worker.process is not None
         with self._lock:
             worker.dead = True
             if worker.sending:
@@ -501,10 +500,7 @@ class Scheduler:
         for fd in (worker.channel.fileno(), worker.death):
             self._poller.unregister(fd)
             del self._by_fd[fd]
-        worker.process.join(GRACE)  # from the fork server the exit code comes a moment later
-        exitcode = worker.process.exitcode
-        if exitcode is None:
-            exitcode = 255  # nobody knows; as multiprocessing says of a lost fork server
+        exitcode = worker.collect()
         with self._lock:
             self._workers.remove(worker)
             unread = []

@@ -137,6 +137,19 @@ class Worker:
         with contextlib.suppress(OSError):
             self.channel.send_datagram(Message.of_object(None).pack(ABOUT_WORKER), wait=False)
 
+    def collect(self) -> int:
+        """Return the exit code of a worker that has ended; 255 if nobody knows, as multiprocessing says then."""
+        assert self.process is not None
+        self.process.join(GRACE)  # from the fork server it comes a moment later
+        # Any thread that starts or lists processes collects all that have ended. Then join returns at once, and the
+        # exit code is known as soon as that thread goes on.
+        deadline = time.monotonic() + GRACE
+        while (exitcode := self.process.exitcode) is None:
+            if time.monotonic() > deadline:
+                return 255
+            time.sleep(0.001)
+        return exitcode
+
     def forget(self) -> None:
         """Close what this process has of it. In a forked child that it is just starting in, it keeps its end."""
         self.channel.close()

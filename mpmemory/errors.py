@@ -32,7 +32,8 @@ class WorkerLostError(MpMemoryError, multiprocessing.ProcessError):
     """A worker process died while it ran a task.
 
     `pid` is the worker's; `exitcode` is that of `multiprocessing.Process`: the number of the
-    signal that killed it, negated, or the status it exited with.
+    signal that killed it, negated, or the status it exited with; 255 also if that is not known, since
+    the fork server has died, or because several threads asked the fork server at once.
     """
 
     def __init__(self, pid: int, exitcode: int) -> None:

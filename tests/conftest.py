@@ -136,6 +136,19 @@ def mappings() -> list[str]:
     return sorted(line for line in lines if re.search(r"/memfd:|/dev/shm/|\(deleted\)", line))
 
 
+def eventually(condition: Callable[[], bool]) -> None:
+    """Wait until it holds, where there is no event to wait for, or other tests are in the way for a while."""
+    deadline = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def shm_names() -> set[str]:
+    """Return what has a name in /dev/shm, of the kinds of names that this package and SharedMemory make."""
+    return {name for name in os.listdir("/dev/shm") if name.startswith(("mpmemory", "psm_"))}
+
+
 def dumps(obj: object) -> bytes:
     """Pickle as the stock Queue, Pipe and Pool do."""
     return bytes(ForkingPickler.dumps(obj))

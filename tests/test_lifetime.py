@@ -9,13 +9,11 @@ import select
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import START_METHODS
+from conftest import START_METHODS, eventually
 
 from mpmemory import Memory, SharedBuffer
 
@@ -41,15 +39,8 @@ def holders(label: str) -> int:
     return count
 
 
-def eventually(condition: Callable[[], bool]) -> None:
-    """Wait until it holds: a killed process is torn down piece by piece, and there is no event for the last one."""
-    deadline = time.monotonic() + 20
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-
-
 def wait_for_shared_memory_below(limit: int) -> None:
+    """Wait for it: a killed process is torn down piece by piece, and there is no event for the last one."""
     eventually(lambda: shared_memory() < limit)
 
 

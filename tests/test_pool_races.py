@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import os
+import signal
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -11,6 +13,7 @@ import pytest
 from test_pool import PATIENCE, square, wait_for
 
 import mpmemory
+from mpmemory import WorkerLostError, _workers
 from mpmemory.connection import Connection
 
 
@@ -64,6 +67,32 @@ def test_a_task_that_is_taken_back_before_its_sender_has_noted_that_it_was_sent(
         patched.setattr(pool._scheduler, "_send", send_task)
         patched.setattr(Connection, "send_datagram", send_slowly)
         assert pool.apply_async(square, (5,)).get(PATIENCE) == 25
+
+
+def test_a_dead_worker_that_another_thread_is_just_collecting(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As `multiprocessing.active_children()` does, and `Process.start()`."""
+    monkeypatch.setattr(_workers, "GRACE", PATIENCE)
+    held, joined = threading.Event(), threading.Event()
+    ours, theirs = mpmemory.Pipe()
+    with ours, theirs, mpmemory.get_context("fork").Pool(1) as pool:
+        (process,) = pool._pool
+        join = process.join
+
+        def join_and_tell(timeout: float) -> None:
+            join(timeout)
+            joined.set()
+
+        pool.apply_async(square, (5,), callback=lambda _: held.wait(PATIENCE))
+        result = pool.apply_async(wait_for, (theirs,))
+        assert ours.recv() == process.pid
+        process.join = join_and_tell
+        os.kill(process.pid, signal.SIGKILL)
+        _, status = os.waitpid(process.pid, 0)  # the scheduler's thread is held, and does not see it yet
+        held.set()
+        assert joined.wait(PATIENCE)
+        process._popen.returncode = os.waitstatus_to_exitcode(status)
+        with pytest.raises(WorkerLostError, match="killed by SIGKILL"):
+            result.get(PATIENCE)
 
 
 def test_a_task_that_is_sent_just_after_work_for_an_idle_worker_was_looked_for(

@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import START_METHODS, dumps, open_fds
+from conftest import START_METHODS, dumps, eventually, open_fds, shm_names
 
 from mpmemory import HandleLostError, SharedBuffer, _names, shared_memory
 from mpmemory._reaper import reaper
@@ -82,10 +82,10 @@ def test_wrong_arguments(args: Any, options: Any, expected: type[Exception], mes
 
 
 def test_a_size_that_is_no_int_leaves_nothing_behind() -> None:
-    before = set(os.listdir("/dev/shm"))
+    before = shm_names()
     with pytest.raises(TypeError):
         SharedMemory(create=True, size=1.5)  # type: ignore[arg-type]
-    assert set(os.listdir("/dev/shm")) <= before
+    eventually(lambda: shm_names() <= before)
 
 
 @pytest.mark.parametrize("create", [True, False])

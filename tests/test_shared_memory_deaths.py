@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import START_METHODS
-from test_lifetime import SIZE, eventually, shared_memory, wait_for_shared_memory_below
+from conftest import START_METHODS, eventually, shm_names
+from test_lifetime import SIZE, shared_memory, wait_for_shared_memory_below
 
 from mpmemory.shared_memory import SharedMemory
 
@@ -88,7 +88,7 @@ def start() -> Iterator[Any]:
 
 @pytest.mark.parametrize("end", ["leave", "kill"])
 def test_those_attached_go_on_without_the_creator(end: str, start: Any) -> None:
-    entries, before = set(os.listdir("/dev/shm")), shared_memory()
+    names, before = shm_names(), shared_memory()
     creator = start(CREATE)
     name, _ = creator.read().split()
     attacher = start(ATTACH, name)
@@ -109,7 +109,7 @@ def test_those_attached_go_on_without_the_creator(end: str, start: Any) -> None:
     assert block._buffer.memory.resident == SIZE
     block.close()
     wait_for_shared_memory_below(before + SIZE // 2)
-    assert set(os.listdir("/dev/shm")) <= entries
+    eventually(lambda: shm_names() <= names)
 
 
 def test_the_creator_goes_on_without_a_killed_attacher(start: Any) -> None:
@@ -155,7 +155,7 @@ if __name__ == "__main__":
 
 @pytest.mark.parametrize("method", START_METHODS)
 def test_killing_the_whole_group_leaves_nothing(method: str, tmp_path: Path) -> None:
-    entries, before = set(os.listdir("/dev/shm")), shared_memory()
+    names, before = shm_names(), shared_memory()
     path = tmp_path / "group.py"
     path.write_text(GROUP)
     group = subprocess.Popen(
@@ -174,5 +174,4 @@ def test_killing_the_whole_group_leaves_nothing(method: str, tmp_path: Path) -> 
     _, errors = group.communicate(timeout=30)  # returns when no process has its standard error any more
     assert errors == b""
     wait_for_shared_memory_below(before + SIZE // 2)
-    # Other tests use the standard library, too, whose names are there for a while.
-    eventually(lambda: set(os.listdir("/dev/shm")) <= entries)
+    eventually(lambda: shm_names() <= names)
