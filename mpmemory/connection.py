@@ -112,7 +112,10 @@ class Connection(Shareable):
         self.send_message(Message.of_object(obj))
 
     def send_bytes(self, buf: Buffer, offset: SupportsIndex = 0, size: SupportsIndex | None = None) -> None:
-        """Send `size` bytes of `buf` from `offset` on (to the end if None). Raises as `send`."""
+        """Send `size` bytes of `buf` from `offset` on (to the end if None).
+
+        Raises as `send`; ValueError if they are not within `buf`.
+        """
         self._check_writable()
         view = flat_view(buf)
         start = operator.index(offset)
@@ -152,7 +155,7 @@ class Connection(Shareable):
         """Wait for a message, and return its bytes: those of `send_bytes`, or of a pickle without big buffers.
 
         Raises as `recv`; OSError if it is longer than `maxlength`, as multiprocessing does, but of that
-        message only.
+        message only; ValueError if `maxlength` is negative.
         """
         if maxlength is not None and operator.index(maxlength) < 0:
             raise ValueError(f"maxlength must not be negative, found {maxlength}")
@@ -164,7 +167,8 @@ class Connection(Shareable):
     def recv_bytes_into(self, buf: Buffer, offset: SupportsIndex = 0) -> int:
         """Wait for a message of `send_bytes`, write it into `buf` at `offset`, and return its length in bytes.
 
-        Raises `multiprocessing.BufferTooShort`, with the message as its argument, if it does not fit.
+        Raises as `recv`; `multiprocessing.BufferTooShort`, with the message as its argument, if it does not fit;
+        ValueError if `offset` is not within `buf`.
         """
         with memoryview(buf).cast("B") as target:
             start = operator.index(offset)

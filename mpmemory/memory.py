@@ -137,7 +137,8 @@ class Memory(Shareable):
 
         The copy is independent of the file. `name` is the file's own name if not given.
 
-        Raises ValueError if `path` is not a regular file, OSError if it cannot be read or copied.
+        Raises ValueError if `path` is not a regular file, OSError if it cannot be read or copied (IsADirectoryError
+        for a folder).
         """
         if name is None:
             name = os.fsdecode(os.path.basename(path)).encode(errors="replace")[:_MAX_NAME].decode(errors="ignore")
@@ -282,7 +283,10 @@ class Memory(Shareable):
         return SharedBuffer._of(self, length, offset, access)
 
     def pread(self, length: SupportsIndex, offset: SupportsIndex = 0) -> bytes:
-        """Return `length` bytes from `offset` on, without mapping. Raises ValueError beyond the end."""
+        """Return `length` bytes from `offset` on, without mapping.
+
+        Raises ValueError beyond the end; OSError (EIO) if it is a file that somebody makes shorter meanwhile.
+        """
         offset, length = check_range(offset, length, self.size)
         fd = self._open()
         parts = []

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import ast
 import importlib
 import inspect
 import multiprocessing
 import re
+import textwrap
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -120,28 +122,59 @@ INTERNAL_MEMBERS = {
 ELSEWHERE = re.compile(r"those of `|see `|As `|this is `|Arguments and errors are")
 
 
-def unnamed_parameters(path: str, value: Any) -> list[str]:
-    """Return the parameters of a function, or of a class and its public methods, that its docstring does not name."""
-    if inspect.isclass(value):
-        members = [
-            (f"{path}.{name}", getattr(member, "__func__", member))
-            for name, member in vars(value).items()
-            if name == "__init__" or not name.startswith("_")
-        ]
-        if ELSEWHERE.search(value.__doc__ or "") or "as `multiprocessing." in (value.__doc__ or ""):
-            members = [(name, member) for name, member in members if not name.endswith("__init__")]
-        return [each for name, member in members for each in unnamed_parameters(name, member)]
-    text = value.__doc__ or ""
-    if not inspect.isfunction(value) or ELSEWHERE.search(text) or path in INTERNAL_MEMBERS:
-        return []
-    words = set(re.findall(r"\w+", text)) | ({"obj"} if "object" in text else set())
-    return [f"{path}: {name}" for name in inspect.signature(value).parameters if name not in {"self", "cls", *words}]
+def public_functions(module: str) -> list[tuple[str, Any]]:
+    """Return the public functions of a module, and the public methods and properties of its classes, with names."""
+    functions: list[tuple[str, Any]] = []
+    for name in sorted(public_names(module) - VALUES.get(module, set()) - INTERNAL[module]):
+        value = getattr(importlib.import_module(f"mpmemory.{module}"), name)
+        if not inspect.isclass(value):
+            functions.append((name, value))
+            continue
+        text = value.__doc__ or ""
+        skipped = {"__init__"} if ELSEWHERE.search(text) or "as `multiprocessing." in text else set()
+        for key, member in vars(value).items():
+            function = member.fget if isinstance(member, property) else getattr(member, "__func__", member)
+            is_public = key == "__init__" or not key.startswith("_")
+            if is_public and key not in skipped and inspect.isfunction(function):
+                functions.append((f"{name}.{key}", function))
+    return [
+        (path, function)
+        for path, function in functions
+        if path not in INTERNAL_MEMBERS and not ELSEWHERE.search(function.__doc__ or "")
+    ]
 
 
 @pytest.mark.parametrize("module", [module for module in INTERNAL if module != "errors"])
 def test_docstrings_name_their_parameters(module: str) -> None:
-    functions = {
-        name: getattr(importlib.import_module(f"mpmemory.{module}"), name)
-        for name in public_names(module) - VALUES.get(module, set()) - INTERNAL[module]
-    }
-    assert [each for name, value in functions.items() for each in unnamed_parameters(name, value)] == []
+    unnamed = []
+    for path, function in public_functions(module):
+        text = function.__doc__ or ""
+        words = {"self", "cls", *re.findall(r"\w+", text)} | ({"obj"} if "object" in text else set())
+        unnamed += [f"{path}: {name}" for name in inspect.signature(function).parameters if name not in words]
+    assert unnamed == []
+
+
+# What functions of the package return that is raised.
+MADE = {"failed": "OSError", "_explain": "OSError", "_no_index": "TypeError"}
+
+
+def raised(function: Any) -> set[str]:
+    """Return the names of the errors that the function's own code raises."""
+    names = set()
+    for node in ast.walk(ast.parse(textwrap.dedent(inspect.getsource(function)))):
+        if isinstance(node, ast.Raise) and node.exc is not None:
+            name = ast.unparse(node.exc.func if isinstance(node.exc, ast.Call) else node.exc).rpartition(".")[2]
+            names.add(MADE.get(name, name))
+    return names
+
+
+@pytest.mark.parametrize("module", [module for module in INTERNAL if module != "errors"])
+def test_docstrings_name_the_errors_that_are_raised(module: str) -> None:
+    """Those of the function itself, which is most: what it calls is not followed."""
+    functions = public_functions(module)
+    assert [
+        f"{path}: {name}"
+        for path, function in functions
+        for name in sorted(raised(function))
+        if name not in (function.__doc__ or "")
+    ] == []
