@@ -110,6 +110,10 @@ class DefaultContext(MemoryContext, context.DefaultContext):
         """Set multiprocessing's start method. Raises RuntimeError if it is set already, unless `force`."""
         multiprocessing.set_start_method(method, force)
 
+    def get_all_start_methods(self) -> list[str]:
+        """Return the start methods of this system, multiprocessing's default first."""
+        return multiprocessing.get_all_start_methods()
+
 
 _contexts: dict[str, ForkContext | SpawnContext | ForkServerContext] = {
     "fork": ForkContext(),

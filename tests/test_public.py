@@ -89,6 +89,17 @@ def test_contexts(method: str) -> None:
         ctx.set_start_method("fork")
 
 
+def test_the_default_context_keeps_nothing_of_its_own() -> None:
+    """Python 3.14 would look there for the start method that it lists first."""
+    assert vars(mpmemory.context.default_context) == {}
+    assert mpmemory.get_all_start_methods() == multiprocessing.get_all_start_methods()
+    own = vars(mpmemory.context.DefaultContext)
+    uses_it = [
+        name for name, member in vars(multiprocessing.context.DefaultContext).items() if inspect.isfunction(member)
+    ]
+    assert [name for name in uses_it if name not in own] == []
+
+
 def test_an_unknown_start_method() -> None:
     with pytest.raises(ValueError, match="unknown start method 'teleport': expected one of fork, spawn, forkserver"):
         mpmemory.get_context("teleport")
