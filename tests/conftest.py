@@ -23,7 +23,18 @@ from typing import Any
 import pytest
 
 import mpmemory
-from mpmemory import HandleLostError, Memory, _backends, _mappings, _names, _reaper, _segments, _sharer
+from mpmemory import (
+    HandleLostError,
+    Memory,
+    RangeLock,
+    RobustLock,
+    _backends,
+    _mappings,
+    _names,
+    _reaper,
+    _segments,
+    _sharer,
+)
 from mpmemory._reaper import reaper
 from mpmemory.connection import Pipe
 
@@ -164,6 +175,13 @@ def echo(obj: Any) -> Any:
 
 def address(array: Array) -> int:
     return int(array.__array_interface__["data"][0])
+
+
+def is_free(lock: RangeLock | RobustLock) -> bool:
+    """Return whether it can be acquired now, by a holder of its own."""
+    if acquired := lock.acquire(blocking=False):
+        lock.release()
+    return acquired
 
 
 def assert_lost(handle: Memory, message: str) -> None:
