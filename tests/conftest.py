@@ -7,6 +7,7 @@ import gc
 import json
 import multiprocessing
 import os
+import pickle
 import platform
 import re
 import resource
@@ -22,9 +23,22 @@ from typing import Any
 import pytest
 
 import mpmemory
-from mpmemory import HandleLostError, Memory, _backends, _mappings, _names, _reaper, _segments, _sharer
+from mpmemory import (
+    HandleLostError,
+    Memory,
+    RangeLock,
+    RobustLock,
+    _backends,
+    _mappings,
+    _names,
+    _reaper,
+    _segments,
+    _sharer,
+)
 from mpmemory._reaper import reaper
 from mpmemory.connection import Pipe
+
+Array = Any  # of NumPy, or lost
 
 START_METHODS = ["fork", "forkserver", "spawn"]
 # Not in children, which import this as well: some are killed at any moment, and that of posix makes a name to find out.
@@ -152,6 +166,22 @@ def shm_names() -> set[str]:
 def dumps(obj: object) -> bytes:
     """Pickle as the stock Queue, Pipe and Pool do."""
     return bytes(ForkingPickler.dumps(obj))
+
+
+def echo(obj: Any) -> Any:
+    """Send and receive an object within this process."""
+    return pickle.loads(dumps(obj))
+
+
+def address(array: Array) -> int:
+    return int(array.__array_interface__["data"][0])
+
+
+def is_free(lock: RangeLock | RobustLock) -> bool:
+    """Return whether it can be acquired now, by a holder of its own."""
+    if acquired := lock.acquire(blocking=False):
+        lock.release()
+    return acquired
 
 
 def assert_lost(handle: Memory, message: str) -> None:

@@ -1,40 +1,27 @@
-"""Connection and Pipe: what messages carry, and what becomes of broken ones."""
+"""Connection and Pipe: what messages carry, between processes and between threads."""
 
 from __future__ import annotations
 
 import contextlib
-import errno
 import multiprocessing
 import os
 import pickle
 import random
 import signal
 import socket
-import struct
 import threading
-from multiprocessing.connection import wait
 from typing import Any
 
 import numpy as np
 import pytest
-from conftest import LIMITED, START_METHODS, open_fds, skip_unless_available
+from conftest import START_METHODS, open_fds, skip_unless_available
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mpmemory import HandleLostError, Memory, SharedBuffer, _messages, _segments, get_context
+from mpmemory import Memory, SharedBuffer, _segments, get_context
 from mpmemory._messages import BUFFER_MIN, INLINE_MAX
-from mpmemory.connection import Connection, Pipe, _rebuild_connection
+from mpmemory.connection import Connection, Pipe
 from mpmemory.queues import JoinableQueue, Queue, SimpleQueue
-from mpmemory.reduction import share_fd
-from mpmemory.testing import assert_no_leaks
-
-
-def echo(conn: Connection) -> None:
-    while (obj := conn.recv()) is not None:  # no end of stream: a forked child has the other end, too
-        conn.send(obj)
-
-
-# --- what it carries ---
 
 THRESHOLDS = [BUFFER_MIN, INLINE_MAX, _segments.MIN_SIZE]
 sizes = st.sampled_from([0, 1, 7, *(size + step for size in THRESHOLDS for step in (-1, 0, 1)), 200_000])
@@ -115,6 +102,17 @@ def test_pickles_around_the_size_of_a_datagram(pipe: Any) -> None:
     for size in range(INLINE_MAX - 50, INLINE_MAX + 2):
         left.send(bytes(size))
         assert right.recv() == bytes(size)
+
+
+def test_a_small_socket_buffer_takes_what_a_large_one_takes(pipe: Any) -> None:
+    left, right = pipe
+    with socket.socket(fileno=os.dup(left.fileno())) as sock:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1)  # the kernel makes it some 4 KB
+    for size in (0, 1000, INLINE_MAX - 100, INLINE_MAX + 1):
+        left.send("x" * size)
+        assert right.recv() == "x" * size
+        left.send_bytes(b"x" * size)
+        assert right.recv_bytes() == b"x" * size
 
 
 @pytest.mark.parametrize("letter", [b"x", "x"], ids=["bytes", "str"])
@@ -326,191 +324,6 @@ def test_a_message_outlives_its_sender(method: str) -> None:
             left.recv()
 
 
-# --- its API ---
-
-
-def test_properties_and_errors_of_the_api() -> None:
-    reader, writer = Pipe(duplex=False)
-    with reader, writer:
-        assert (reader.readable, reader.writable, writer.readable, writer.writable) == (True, False, False, True)
-        for action in (lambda: reader.send(1), lambda: reader.send_bytes(b"")):
-            with pytest.raises(OSError, match="read-only"):
-                action()
-        for action in (writer.recv, writer.recv_bytes, writer.poll, lambda: writer.recv_bytes_into(bytearray(1))):
-            with pytest.raises(OSError, match="write-only"):
-                action()
-        assert not reader.poll()
-        assert not reader.poll(0.01)
-        writer.send_bytes(b"")
-        assert reader.poll(None)
-        assert wait([reader], 0) == [reader]
-        assert reader.recv_bytes() == b""
-        writer.send_bytes(b"12345")
-        with pytest.raises(OSError, match="at most 3 bytes, found 5"):
-            reader.recv_bytes(3)
-        writer.send_bytes(b"12345")
-        with pytest.raises(multiprocessing.BufferTooShort) as error:
-            reader.recv_bytes_into(bytearray(4))
-        assert error.value.args == (b"12345",)
-        for bad in ((b"1", 2), (b"1", -1), (b"1", 0, 2), (b"1", 0, -1)):
-            with pytest.raises(ValueError, match="are not within 1 bytes"):
-                writer.send_bytes(*bad)
-        writer.send({"a": 1})
-        assert pickle.loads(reader.recv_bytes()) == {"a": 1}
-    assert reader.closed
-    assert "closed" in repr(reader)
-    for action in (reader.recv, reader.fileno, lambda: writer.send(1)):
-        with pytest.raises(OSError, match="closed"):
-            action()
-    reader.close()
-
-
-def test_what_is_no_connection() -> None:
-    read, write = os.pipe()
-    stream, other = socket.socketpair()
-    with stream, other:
-        for fd, message in ((read, "expected a socket"), (stream.fileno(), "expected a SEQPACKET Unix socket")):
-            with pytest.raises(ValueError, match=message):
-                Connection(fd)
-            os.fstat(fd)
-    os.close(read)
-    os.close(write)
-
-
-def test_pickling_errors_send_nothing(pipe: Any) -> None:
-    left, right = pipe
-    with assert_no_leaks(), pytest.raises((pickle.PicklingError, AttributeError)):
-        left.send([Memory(10), np.zeros(100_000), lambda: None])
-    left.send("next")
-    assert right.recv() == "next"
-
-
-class Broken:
-    """Cannot be unpickled."""
-
-    def __reduce__(self) -> Any:
-        return int, ("not a number",)
-
-
-def test_unpickling_errors_are_of_that_message_only(pipe: Any) -> None:
-    left, right = pipe
-    with assert_no_leaks():
-        left.send([Memory(10), np.zeros(100_000), Broken()])
-        left.send("next")
-        with pytest.raises(ValueError, match="not a number"):
-            right.recv()
-        assert right.recv() == "next"
-
-
-def test_the_peer_is_gone() -> None:
-    left, right = Pipe()
-    with left:
-        right.send("last")
-        right.close()
-        assert left.poll()
-        assert left.recv() == "last"
-        for receive in (left.recv, left.recv_bytes):
-            with pytest.raises(EOFError):
-                receive()
-        for obj in (1, np.zeros(100_000), Memory(1)):
-            with pytest.raises(BrokenPipeError):
-                left.send(obj)
-
-
-def test_the_peer_is_gone_with_messages_unread() -> None:
-    left, right = Pipe()
-    with left:
-        left.send("unread")
-        right.close()
-        with pytest.raises(EOFError):
-            left.recv()
-
-
-# --- broken messages ---
-
-HEADER = struct.Struct("<2sBxIQQQ")
-
-
-@pytest.mark.parametrize(
-    "datagram",
-    [
-        b"x",
-        b"x" * 24,
-        HEADER.pack(b"mM", 9, 0, 0, 0, 0),
-        HEADER.pack(b"mM", 1, 0, 0, 100, 0) + b"short",
-        HEADER.pack(b"mM", 1, 0, 0, 0, 5),
-        HEADER.pack(b"mM", 1, 3, 0, 0, 0),
-        HEADER.pack(b"mM", 1, 5000, 0, 0, 0),
-        HEADER.pack(b"mM", 3, 0, 0, 10, 0),
-        b"y" * 100_000,
-    ],
-)
-def test_a_foreign_datagram_is_an_error_of_its_own(datagram: bytes, pipe: Any) -> None:
-    left, right = pipe
-    os.write(left.fileno(), datagram)
-    left.send("next")
-    with pytest.raises(OSError, match="expected a message of mpmemory") as error:
-        right.recv()
-    assert error.value.errno == errno.EBADMSG
-    assert right.recv() == "next"
-
-
-class Disguised:
-    """A memory that pickles as a connection."""
-
-    def __reduce__(self) -> Any:
-        return _rebuild_connection, (Connection, share_fd(Memory(10)._open()), True, True)
-
-
-def test_a_connection_that_arrived_on_something_else_is_lost(pipe: Any) -> None:
-    left, right = pipe
-    left.send(Disguised())
-    conn = right.recv()
-    with pytest.raises(HandleLostError, match="the connection could not be opened: Socket operation on non-socket"):
-        conn.recv()
-
-
-def test_a_socket_that_goes_before_its_connection_goes_in_silence(pipe: Any) -> None:
-    """As the garbage collector may have it. A warning would be an error here."""
-    left, right = pipe
-    left.send(right)
-    for conn in (left, right.recv()):
-        fd = conn.fileno()
-        conn._sock = None
-        with pytest.raises(OSError, match="Bad file descriptor"):
-            os.fstat(fd)
-
-
-def test_a_handle_unpickled_apart_from_its_message_is_lost(pipe: Any) -> None:
-    shared = _messages.Message.of_object(Memory(10))
-    (piece,) = shared._pieces
-    with pytest.raises(HandleLostError, match="apart from the message it travelled in"):
-        pickle.loads(piece).fileno()
-
-
-# --- limits and threads ---
-
-
-def test_out_of_descriptors(run_python: Any) -> None:
-    run_python(
-        LIMITED + "left, right = Pipe()\n"
-        "memory, sock = Memory(10), socket.socket()\n"
-        "array = np.zeros(100_000)\n"
-        "for obj in (array, sock, left, SimpleQueue()):\n"
-        "    expect_the_limit(lambda: left.send(obj))\n"
-        "memories = [Memory(10) for _ in range(300)]\n"
-        "expect_the_limit(lambda: left.send(memories))\n"
-        "left.send(memories); left.send('next')\n"
-        "expect_the_limit(right.recv)\n"
-        "assert right.recv() == 'next'\n"
-        "for obj in (array, sock, left, memory):\n"
-        "    left.send(obj); left.send('next')\n"
-        "    expect_the_limit(right.recv)\n"
-        "    assert right.recv() == 'next'\n"
-        "    left.send(obj); right.recv()\n"
-    )
-
-
 def test_threads_share_a_connection(pipe: Any) -> None:
     left, right = pipe
     found: list[int] = []
@@ -534,6 +347,11 @@ def test_threads_share_a_connection(pipe: Any) -> None:
     assert sorted(found) == list(range(400))
 
 
+def echo(conn: Connection) -> None:
+    while (obj := conn.recv()) is not None:  # no end of stream: a forked child has the other end, too
+        conn.send(obj)
+
+
 @pytest.mark.parametrize("method", START_METHODS)
 def test_echo_by_a_child(method: str) -> None:
     left, right = Pipe()
@@ -549,74 +367,3 @@ def test_echo_by_a_child(method: str) -> None:
         left.send(None)
         child.join()
         assert child.exitcode == 0
-
-
-# --- what a review found ---
-
-
-def test_what_was_sent_before_the_peer_went_arrives_though_it_left_messages_unread() -> None:
-    left, right = Pipe()
-    with left:
-        left.send("unread")
-        right.send("first")
-        right.send("last")
-        right.close()
-        assert (left.recv(), left.recv()) == ("first", "last")
-        with pytest.raises(EOFError):
-            left.recv()
-
-
-def test_a_descriptor_made_non_blocking_loses_nothing(pipe: Any) -> None:
-    """As the stock connection does, ours says so when it cannot wait."""
-    left, right = pipe
-    os.set_blocking(left.fileno(), False)
-    sent = 0
-    with contextlib.suppress(BlockingIOError):
-        while True:
-            left.send(sent)
-            sent += 1
-    assert [right.recv() for _ in range(sent)] == list(range(sent))
-
-
-def send_with_one_fd(conn: Connection, datagram: bytes, fd: int) -> None:
-    with socket.socket(fileno=os.dup(conn.fileno())) as sock:
-        socket.send_fds(sock, [datagram], [fd])
-
-
-@pytest.mark.parametrize("kind", ["a pipe", "a socket that waits", "a listening socket", "empty memory", "/dev/zero"])
-@pytest.mark.parametrize("header", [HEADER.pack(b"mM", 3, 1, 0, 0, 0), HEADER.pack(b"mM", 1, 500, 0, 0, 0)])
-def test_foreign_descriptors_are_an_error_of_that_message_only(kind: str, header: bytes, pipe: Any) -> None:
-    left, right = pipe
-    with contextlib.ExitStack() as stack:
-        if kind == "a pipe":
-            fd, other = os.pipe()
-            stack.callback(os.close, fd)
-            stack.callback(os.close, other)
-        elif kind == "a socket that waits":
-            here, _other = (stack.enter_context(each) for each in socket.socketpair())
-            fd = here.fileno()
-        elif kind == "a listening socket":
-            server = stack.enter_context(socket.create_server(("127.0.0.1", 0)))
-            fd = server.fileno()
-        elif kind == "empty memory":
-            fd = stack.enter_context(Memory(0)).fileno()
-        else:
-            fd = os.open("/dev/zero", os.O_RDWR)
-            stack.callback(os.close, fd)
-        send_with_one_fd(left, header, fd)
-        left.send("next")
-        with pytest.raises(OSError, match="expected a message of mpmemory") as error:
-            right.recv()
-    assert error.value.errno == errno.EBADMSG
-    assert right.recv() == "next"
-
-
-def test_a_small_socket_buffer_takes_what_a_large_one_takes(pipe: Any) -> None:
-    left, right = pipe
-    with socket.socket(fileno=os.dup(left.fileno())) as sock:
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1)  # the kernel makes it some 4 KB
-    for size in (0, 1000, INLINE_MAX - 100, INLINE_MAX + 1):
-        left.send("x" * size)
-        assert right.recv() == "x" * size
-        left.send_bytes(b"x" * size)
-        assert right.recv_bytes() == b"x" * size

@@ -13,7 +13,8 @@ from functools import partial
 from typing import Any
 
 import pytest
-from test_pool import PATIENCE, await_true, square, store
+from test_pool import PATIENCE, await_true, square
+from test_pool_limits import store
 
 import mpmemory
 from mpmemory import Memory, PoolError

@@ -1,31 +1,28 @@
-"""Pool: what it shares with multiprocessing's, and what it does better.
+"""Pool: what it shares with multiprocessing's, and how it ends.
 
-Deaths are in test_pool_deaths.py, imap in test_imap.py, moments between two lines in test_pool_races.py.
+Workers are in test_pool_workers.py, big objects and limits in test_pool_limits.py, deaths in test_pool_deaths.py,
+imap in test_imap.py, moments between two lines in test_pool_races.py.
 """
 
 from __future__ import annotations
 
-import contextlib
 import gc
 import itertools
 import multiprocessing
 import os
 import pickle
-import resource
 import threading
 import time
 import warnings
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from multiprocessing.pool import IMapIterator, MaybeEncodingError
-from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 
 import mpmemory
-from mpmemory import Memory, PoolError, SharedBuffer
+from mpmemory import PoolError
 from mpmemory.pool import Pool
 
 PATIENCE = 30.0  # seconds until something that must happen counts as never happening
@@ -344,118 +341,6 @@ def test_results_that_do_not_pickle_or_unpickle(ctx: Any) -> None:
         assert pool.apply(square, (3,)) == 9
 
 
-# --- scheduling -----------------------------------------------------------------------------------
-
-
-def test_no_task_waits_behind_a_long_one(ctx: Any) -> None:
-    ours, theirs = ctx.Pipe()
-    with ours, theirs, ctx.Pool(2) as pool:
-        pool.map(square, range(4))  # all are there
-        long = pool.apply_async(wait_for, (theirs,))
-        pid = ours.recv()
-        results = [pool.apply_async(pid_of_worker) for _ in range(100)]
-        assert pid not in {result.get(PATIENCE) for result in results}
-        arrays = [pool.apply_async(np.sum, (np.ones(1 << 17),)) for _ in range(20)]
-        assert [result.get(PATIENCE) for result in arrays] == [1 << 17] * 20
-        assert not long.ready()
-        ours.send("end")
-        assert long.get(PATIENCE) == "released"
-
-
-def test_a_worker_that_starts_slowly_keeps_nothing(ctx: Any, tmp_path: Path) -> None:
-    ours, theirs = ctx.Pipe()
-    with ours, theirs, ctx.Pool(2, wait_once, (str(tmp_path / "once"), theirs)) as pool:
-        pid = ours.recv()
-        results = [pool.apply_async(pid_of_worker) for _ in range(20)]
-        assert pid not in {result.get(PATIENCE) for result in results}
-        ours.send("end")
-        await_true(lambda: pid in pool.map(pid_of_worker, range(20), chunksize=1))
-
-
-def once(path: str) -> bool:
-    """Return True in the first process that asks."""
-    try:
-        os.close(os.open(path, os.O_CREAT | os.O_EXCL))
-    except FileExistsError:
-        return False
-    return True
-
-
-def wait_once(path: str, conn: Any) -> None:
-    if once(path):
-        wait_for(conn)
-
-
-def test_workers_are_replaced_after_their_tasks(ctx: Any) -> None:
-    with ctx.Pool(2, maxtasksperchild=3) as pool:
-        pids = pool.map(pid_of_worker, range(30), chunksize=1)
-        assert max(pids.count(pid) for pid in pids) <= 3
-        assert len(set(pids)) >= 10
-
-
-def make(index: int) -> Any:
-    array = np.full(50_000, index)
-    memory = Memory.from_bytes(str(index).encode())
-    buffer = SharedBuffer.from_bytes(str(index).encode())
-    return array, memory, buffer
-
-
-def test_results_outlive_their_worker(ctx: Any) -> None:
-    count = 1000 if ctx.get_start_method() == "fork" else 50
-    with ctx.Pool(2, maxtasksperchild=1) as pool:
-        for index, (array, memory, buffer) in enumerate(pool.imap(make, range(count))):
-            assert (array == index).all()
-            assert memory.pread(memory.size) == buffer.get_bytes() == str(index).encode()
-            memory.close()
-            buffer.close()
-
-
-def keep_global(*values: Any) -> None:
-    global kept
-    kept = values
-
-
-def read_kept(_: object) -> Any:
-    memory, lock, number = kept
-    with lock:
-        return memory.pread(4), number
-
-
-def test_initargs(ctx: Any) -> None:
-    with Memory.from_bytes(b"data") as memory, ctx.Pool(2, keep_global, (memory, ctx.Lock(), 5)) as pool:
-        assert pool.map(read_kept, range(10)) == [(b"data", 5)] * 10
-
-
-class NoDaemonProcess(multiprocessing.context.ForkProcess):
-    @property
-    def daemon(self) -> bool:
-        return False
-
-    @daemon.setter
-    def daemon(self, value: bool) -> None:
-        pass
-
-
-class PoolOfParents(Pool):
-    """The way to have pools in workers that is found everywhere."""
-
-    @staticmethod
-    def Process(ctx: Any, *args: Any, **kwds: Any) -> Any:
-        return NoDaemonProcess(*args, **kwds)
-
-
-def square_in_a_pool(x: int) -> int:
-    with mpmemory.get_context("fork").Pool(1) as pool:
-        return int(pool.apply(square, (x,)))
-
-
-def test_a_subclass_with_processes_of_its_own() -> None:
-    with PoolOfParents(2) as pool:
-        assert pool.map(square_in_a_pool, range(4)) == [0, 1, 4, 9]
-        pool.close()
-        pool.join()
-
-
 def istarmap(self: Any, func: Any, iterable: Any) -> Any:
     """The recipe for a lazy starmap, which uses the insides of multiprocessing's pool."""
     self._check_running()
@@ -470,105 +355,6 @@ def istarmap(self: Any, func: Any, iterable: Any) -> Any:
 def test_the_recipe_for_istarmap_works() -> None:
     with mpmemory.Pool(2) as pool:
         assert list(istarmap(pool, add, [(x, 1) for x in range(9)])) == list(range(1, 10))
-
-
-# --- big objects ----------------------------------------------------------------------------------
-
-
-def echo(obj: Any) -> Any:
-    return obj
-
-
-def test_arrays_there_and_back(ctx: Any) -> None:
-    with ctx.Pool(2) as pool:
-        arrays = [np.arange(size) for size in (0, 10, 5_000, 500_000, 3_000_000)]
-        for sent, got in zip(arrays, pool.imap(echo, arrays), strict=True):
-            assert (sent == got).all()
-            got[:1] = 7  # it is ours
-        kept = pool.map(np.zeros, [75_000] * 1000)
-        for index, array in enumerate(kept):
-            array[:] = index
-        assert all((array == index).all() for index, array in enumerate(kept))
-
-
-def segments_of(pid: int) -> list[str]:
-    lines = Path(f"/proc/{pid}/maps").read_text().splitlines()
-    for entry in Path(f"/proc/{pid}/fd").iterdir():
-        with contextlib.suppress(FileNotFoundError):  # of this very listing
-            lines.append(os.readlink(entry))
-    return [line for line in lines if "mpmemory-segment" in line]
-
-
-def test_an_idle_pool_holds_no_shared_memory(ctx: Any) -> None:
-    with ctx.Pool(2) as pool:
-        pids = {os.getpid(), *pool.map(pid_of_worker, range(50), chunksize=1)}
-        assert (pool.apply(echo, (np.ones(1 << 20),)) == 1).all()
-        assert any(segments_of(pid) for pid in pids)
-        await_true(lambda: not any(segments_of(pid) for pid in pids))
-        assert pool.apply(square, (3,)) == 9
-
-
-# --- limits ---------------------------------------------------------------------------------------
-
-
-def store(pair: tuple[Memory, int]) -> None:
-    memory, index = pair
-    memory.pwrite(b"x", index)
-
-
-def leave_no_descriptor() -> None:
-    """From now on this process can open nothing."""
-    number = os.open("/dev/null", os.O_RDONLY)
-    os.close(number)
-    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
-    resource.setrlimit(resource.RLIMIT_NOFILE, (number, hard))
-
-
-def restore_descriptors() -> None:
-    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
-    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-
-
-def test_a_worker_without_descriptors(ctx: Any) -> None:
-    with Memory(10) as memory, ctx.Pool(1) as pool:
-        pool.apply(leave_no_descriptor)
-        with pytest.raises(OSError, match="ulimit -n"):
-            pool.apply(store, ((memory, 0),))
-        with pytest.raises(OSError, match="ulimit -n"):
-            pool.apply(echo, (np.ones(1 << 17),))
-        with pytest.raises(MaybeEncodingError, match="ulimit -n"):
-            pool.apply(np.ones, (1 << 17,))
-        pool.apply(restore_descriptors)
-        assert pool.apply(echo, (np.ones(1 << 17),)).sum() == 1 << 17
-
-
-def test_a_parent_without_descriptors(run_python: Any) -> None:
-    done = run_python(
-        "import mpmemory, numpy as np\n"
-        "from test_pool import leave_no_descriptor, restore_descriptors, echo, square\n"
-        "if __name__ == '__main__':\n"
-        "    with mpmemory.get_context('fork').Pool(2) as pool:\n"
-        "        pool.map(square, range(10))\n"
-        "        leave_no_descriptor()\n"
-        "        for function, args in ((echo, (np.ones(1 << 17),)), (np.ones, (1 << 17,))):\n"
-        "            try:\n"
-        "                pool.apply(function, args)\n"
-        "            except OSError as error:\n"
-        "                print(error)\n"
-        "        print(pool.map(square, range(3)))\n"
-        "        restore_descriptors()\n"
-        "        print(pool.apply(echo, (np.ones(1 << 17),)).sum())\n",
-        env={**os.environ, "PYTHONPATH": os.path.dirname(__file__)},
-    )
-    assert done.stdout.count("ulimit -n") == 2, done.stdout + done.stderr
-    assert done.stdout.endswith("[0, 1, 4]\n131072.0\n")
-    assert done.stderr == ""
-
-
-def test_processes_that_cannot_start_are_an_error_here() -> None:
-    spawn = mpmemory.get_context("spawn")
-    with pytest.raises((pickle.PicklingError, AttributeError)):
-        spawn.Pool(2, lambda: None)
 
 
 # --- ends -----------------------------------------------------------------------------------------

@@ -17,7 +17,9 @@ from typing import Any
 import numpy as np
 import pytest
 from conftest import START_METHODS
-from test_pool import PATIENCE, await_true, echo, keep_global, once, pid_of_worker, square, wait_for
+from test_pool import PATIENCE, await_true, pid_of_worker, square, wait_for
+from test_pool_limits import echo
+from test_pool_workers import keep_global, once
 
 import mpmemory
 from mpmemory import Memory, PoolError, WorkerLostError

@@ -1,0 +1,117 @@
+"""Pool: big objects, and no descriptors left."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import pickle
+import resource
+from multiprocessing.pool import MaybeEncodingError
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from test_pool import await_true, pid_of_worker, square
+
+import mpmemory
+from mpmemory import Memory
+
+# --- big objects ----------------------------------------------------------------------------------
+
+
+def echo(obj: Any) -> Any:
+    return obj
+
+
+def test_arrays_there_and_back(ctx: Any) -> None:
+    with ctx.Pool(2) as pool:
+        arrays = [np.arange(size) for size in (0, 10, 5_000, 500_000, 3_000_000)]
+        for sent, got in zip(arrays, pool.imap(echo, arrays), strict=True):
+            assert (sent == got).all()
+            got[:1] = 7  # it is ours
+        kept = pool.map(np.zeros, [75_000] * 1000)
+        for index, array in enumerate(kept):
+            array[:] = index
+        assert all((array == index).all() for index, array in enumerate(kept))
+
+
+def segments_of(pid: int) -> list[str]:
+    lines = Path(f"/proc/{pid}/maps").read_text().splitlines()
+    for entry in Path(f"/proc/{pid}/fd").iterdir():
+        with contextlib.suppress(FileNotFoundError):  # of this very listing
+            lines.append(os.readlink(entry))
+    return [line for line in lines if "mpmemory-segment" in line]
+
+
+def test_an_idle_pool_holds_no_shared_memory(ctx: Any) -> None:
+    with ctx.Pool(2) as pool:
+        pids = {os.getpid(), *pool.map(pid_of_worker, range(50), chunksize=1)}
+        assert (pool.apply(echo, (np.ones(1 << 20),)) == 1).all()
+        assert any(segments_of(pid) for pid in pids)
+        await_true(lambda: not any(segments_of(pid) for pid in pids))
+        assert pool.apply(square, (3,)) == 9
+
+
+# --- limits ---------------------------------------------------------------------------------------
+
+
+def store(pair: tuple[Memory, int]) -> None:
+    memory, index = pair
+    memory.pwrite(b"x", index)
+
+
+def leave_no_descriptor() -> None:
+    """From now on this process can open nothing."""
+    number = os.open("/dev/null", os.O_RDONLY)
+    os.close(number)
+    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (number, hard))
+
+
+def restore_descriptors() -> None:
+    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
+def test_a_worker_without_descriptors(ctx: Any) -> None:
+    with Memory(10) as memory, ctx.Pool(1) as pool:
+        pool.apply(leave_no_descriptor)
+        with pytest.raises(OSError, match="ulimit -n"):
+            pool.apply(store, ((memory, 0),))
+        with pytest.raises(OSError, match="ulimit -n"):
+            pool.apply(echo, (np.ones(1 << 17),))
+        with pytest.raises(MaybeEncodingError, match="ulimit -n"):
+            pool.apply(np.ones, (1 << 17,))
+        pool.apply(restore_descriptors)
+        assert pool.apply(echo, (np.ones(1 << 17),)).sum() == 1 << 17
+
+
+def test_a_parent_without_descriptors(run_python: Any) -> None:
+    done = run_python(
+        "import mpmemory, numpy as np\n"
+        "from test_pool import square\n"
+        "from test_pool_limits import leave_no_descriptor, restore_descriptors, echo\n"
+        "if __name__ == '__main__':\n"
+        "    with mpmemory.get_context('fork').Pool(2) as pool:\n"
+        "        pool.map(square, range(10))\n"
+        "        leave_no_descriptor()\n"
+        "        for function, args in ((echo, (np.ones(1 << 17),)), (np.ones, (1 << 17,))):\n"
+        "            try:\n"
+        "                pool.apply(function, args)\n"
+        "            except OSError as error:\n"
+        "                print(error)\n"
+        "        print(pool.map(square, range(3)))\n"
+        "        restore_descriptors()\n"
+        "        print(pool.apply(echo, (np.ones(1 << 17),)).sum())\n",
+        env={**os.environ, "PYTHONPATH": os.path.dirname(__file__)},
+    )
+    assert done.stdout.count("ulimit -n") == 2, done.stdout + done.stderr
+    assert done.stdout.endswith("[0, 1, 4]\n131072.0\n")
+    assert done.stderr == ""
+
+
+def test_processes_that_cannot_start_are_an_error_here() -> None:
+    spawn = mpmemory.get_context("spawn")
+    with pytest.raises((pickle.PicklingError, AttributeError)):
+        spawn.Pool(2, lambda: None)
