@@ -60,6 +60,19 @@ def test_properties_and_errors_of_the_api() -> None:
     reader.close()
 
 
+def test_arguments_that_are_out_of_range(pipe: Any) -> None:
+    left, right = pipe
+    left.send_bytes(b"12345")
+    with pytest.raises(ValueError, match="maxlength must not be negative, found -1"):
+        right.recv_bytes(-1)
+    for offset in (-1, 6):
+        with pytest.raises(ValueError, match=f"offset {offset} is not within 5 bytes"):
+            right.recv_bytes_into(bytearray(5), offset)
+    assert right.recv_bytes() == b"12345"
+    with pytest.raises(ValueError, match="at least one of `readable` and `writable`"):
+        Connection(left.fileno(), readable=False, writable=False)
+
+
 def test_what_is_no_connection() -> None:
     read, write = os.pipe()
     stream, other = socket.socketpair()

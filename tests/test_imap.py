@@ -170,6 +170,28 @@ def test_a_result_that_is_taken_while_the_feeder_looks() -> None:
         assert results.next(PATIENCE) == 4
 
 
+def test_a_dropped_imap_takes_no_more_of_its_iterable() -> None:
+    dropped, ended, given = threading.Event(), threading.Event(), []
+
+    def numbers() -> Iterator[int]:
+        try:
+            for number in range(20):
+                if number == 3:  # there is room for more
+                    dropped.wait(PATIENCE)
+                given.append(number)
+                yield number
+        finally:
+            ended.set()
+
+    with mpmemory.Pool(1) as pool:
+        results = pool.imap(square, numbers(), buffersize=10)
+        assert next(results) == 0
+        del results
+        dropped.set()
+        assert ended.wait(PATIENCE)
+        assert given == [0, 1, 2, 3]
+
+
 def test_an_imap_without_a_thread_for_it() -> None:
     """As near the end of the process, or at the limit of threads."""
     with mpmemory.Pool(1) as pool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import multiprocessing
 import os
 import random
 import select
@@ -11,6 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,7 @@ from test_pool_workers import keep_global, once
 
 import mpmemory
 from mpmemory import Memory, PoolError, WorkerLostError
+from mpmemory.pool import Pool
 
 
 def segfault() -> None:
@@ -105,6 +108,25 @@ def test_a_death_in_an_initializer_fails_no_task(ctx: Any, how: str, tmp_path: P
         assert pool.map(square, range(50), chunksize=1) == [x * x for x in range(50)]
         await_true(lambda: (tmp_path / "once").exists())
         assert len(pool._pool) == 2
+
+
+class ProcessThatHasEnded(multiprocessing.context.ForkServerProcess):
+    def start(self) -> None:
+        super().start()
+        wait([self.sentinel])
+
+
+class PoolOfTheDead(Pool):
+    @staticmethod
+    def Process(ctx: Any, *args: Any, **kwds: Any) -> Any:
+        return ProcessThatHasEnded(*args, **kwds)
+
+
+def test_a_worker_that_has_ended_before_anybody_looks() -> None:
+    """The fork server has collected it: the number is nobody's, or somebody else's soon."""
+    context = mpmemory.get_context("forkserver")
+    with PoolOfTheDead(1, os._exit, (7,), context=context) as pool, pytest.raises(PoolError, match="status 7"):
+        pool.apply_async(square, (3,)).get(PATIENCE)
 
 
 def raise_it(error: BaseException) -> None:

@@ -6,13 +6,15 @@ import contextlib
 import os
 import pickle
 import resource
+import socket
 from multiprocessing.pool import MaybeEncodingError
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from test_pool import await_true, pid_of_worker, square
+from test_messages import AS_A_PLAIN_USER
+from test_pool import PATIENCE, await_true, pid_of_worker, square, wait_for
 
 import mpmemory
 from mpmemory import Memory
@@ -109,6 +111,42 @@ def test_a_parent_without_descriptors(run_python: Any) -> None:
     assert done.stdout.count("ulimit -n") == 2, done.stdout + done.stderr
     assert done.stdout.endswith("[0, 1, 4]\n131072.0\n")
     assert done.stderr == ""
+
+
+def test_more_than_the_socket_of_a_worker_takes() -> None:
+    ours, theirs = mpmemory.Pipe()
+    with ours, theirs, mpmemory.Pool(1) as pool:
+        (worker,) = pool._scheduler._workers  # type: ignore[attr-defined]
+        with socket.socket(fileno=os.dup(worker.channel.fileno())) as sock:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1)  # the kernel makes it some 4 KB
+        busy = pool.apply_async(wait_for, (theirs,))
+        ours.recv()
+        results = [pool.apply_async(echo, (bytes([index]) * 1700,)) for index in range(100)]
+        await_true(lambda: worker.blocked)
+        ours.send("end")
+        assert busy.get(PATIENCE) == "released"
+        assert [result.get(PATIENCE) for result in results] == [bytes([index]) * 1700 for index in range(100)]
+
+
+@pytest.mark.xdist_group("descriptors under way of one user")
+def test_a_task_that_waits_for_descriptors_under_way(run_python: Any) -> None:
+    """Nothing of the pool itself makes room for it."""
+    run_python(
+        "import mpmemory.pool, multiprocessing.popen_fork\n"
+        + AS_A_PLAIN_USER
+        + "memory, (left, right) = Memory.from_bytes(b'x'), Pipe()\n"
+        "with mpmemory.get_context('fork').Pool(1) as pool:\n"
+        "    pool.apply(int)\n"
+        "    many = [memory.dup() for _ in range(200)]\n"
+        "    left.send(many)\n"
+        "    for each in many: each.close()\n"
+        "    resource.setrlimit(resource.RLIMIT_NOFILE, (100, hard))\n"
+        "    result = pool.apply_async(Memory.pread, (memory, 1))\n"
+        "    while not pool._scheduler._stalled: os.sched_yield()\n"
+        "    resource.setrlimit(resource.RLIMIT_NOFILE, (400, hard))\n"
+        "    assert len(right.recv()) == 200\n"
+        "    assert result.get(30) == b'x'\n"
+    )
 
 
 def test_processes_that_cannot_start_are_an_error_here() -> None:

@@ -10,10 +10,10 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
-from test_pool import PATIENCE, square, wait_for
+from test_pool import PATIENCE, pid_of_worker, square, wait_for
 
 import mpmemory
-from mpmemory import WorkerLostError, _workers
+from mpmemory import PoolError, WorkerLostError, _workers
 from mpmemory.connection import Connection
 
 
@@ -67,6 +67,67 @@ def test_a_task_that_is_taken_back_before_its_sender_has_noted_that_it_was_sent(
         patched.setattr(pool._scheduler, "_send", send_task)
         patched.setattr(Connection, "send_datagram", send_slowly)
         assert pool.apply_async(square, (5,)).get(PATIENCE) == 25
+
+
+def test_a_worker_that_dies_while_a_task_is_sent_to_it(pool: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    bury, send_datagram = pool._scheduler._bury, Connection.send_datagram
+    sender, seen, once = threading.current_thread(), threading.Event(), iter([True])
+    pool.map(square, range(4))  # both are there
+
+    def bury_and_tell(worker: Any) -> None:
+        bury(worker)
+        seen.set()
+
+    def send_to_the_dead(self: Any, datagram: Any, *, wait: bool) -> bool:
+        if threading.current_thread() is sender and next(once, False):
+            (worker,) = (worker for worker in pool._scheduler._workers if worker.channel is self)
+            os.kill(worker.pid, signal.SIGKILL)
+            assert seen.wait(PATIENCE)
+        return send_datagram(self, datagram, wait=wait)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(pool._scheduler, "_bury", bury_and_tell)
+        patched.setattr(Connection, "send_datagram", send_to_the_dead)
+        assert pool.apply_async(square, (5,)).get(PATIENCE) == 25
+
+
+def test_the_word_to_leave_is_given_back() -> None:
+    ours, theirs = mpmemory.Pipe()
+    with ours, theirs, mpmemory.Pool(1) as pool:
+        busy = pool.apply_async(wait_for, (theirs,))
+        pid = ours.recv()
+        scheduler: Any = pool._scheduler  # type: ignore[attr-defined]
+        (worker,) = scheduler._workers
+        with scheduler._lock:
+            worker.leave()
+            assert scheduler._take_back(worker) is None
+        ours.send("end")
+        assert busy.get(PATIENCE) == "released"
+        assert pool.apply_async(pid_of_worker).get(PATIENCE) != pid
+
+
+@pytest.mark.parametrize("argument", [3, lambda: None], ids=["number", "what does not pickle"])
+def test_a_pool_that_ends_just_before_it_is_given_a_task(
+    argument: Any, pool: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    check = pool._check_running
+
+    def check_and_end() -> None:
+        check()
+        pool.terminate()
+
+    monkeypatch.setattr(pool, "_check_running", check_and_end)
+    with pytest.raises(PoolError, match="terminated"):
+        pool.apply_async(square, (argument,)).get(PATIENCE)
+
+
+def test_a_scheduler_that_fails_hangs_nobody(pool: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(_: object) -> None:
+        raise RuntimeError("not expected")
+
+    monkeypatch.setattr(pool._scheduler, "_receive", fail)
+    with pytest.raises(PoolError, match="its scheduler failed: RuntimeError"):
+        pool.apply_async(square, (5,)).get(PATIENCE)
 
 
 def test_a_dead_worker_that_another_thread_is_just_collecting(monkeypatch: pytest.MonkeyPatch) -> None:
