@@ -269,12 +269,23 @@ def never_idle(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_reaper, "IDLE_TIMEOUT", 1000.0)
 
 
+def in_namespace(script: str) -> list[str]:
+    """Return what to put before a command so that it sees other file systems."""
+    if os.geteuid() != 0 or subprocess.run(["unshare", "-m", "true"], check=False).returncode != 0:
+        pytest.skip("needs a private mount namespace")
+    return ["unshare", "-m", "sh", "-ec", f'{script}\nexec "$@"', "-"]
+
+
 @pytest.fixture
 def small_shm() -> list[str]:
     """Return what to put before a command so that it runs with a /dev/shm of 1 MB."""
-    if os.geteuid() != 0 or subprocess.run(["unshare", "-m", "true"], check=False).returncode != 0:
-        pytest.skip("needs a private mount namespace")
-    return ["unshare", "-m", "sh", "-c", 'mount -t tmpfs -o size=1m tmpfs /dev/shm && exec "$@"', "-"]
+    return in_namespace("mount -t tmpfs -o size=1m tmpfs /dev/shm")
+
+
+@pytest.fixture
+def without_proc() -> list[str]:
+    """Return what to put before a command so that it runs without a /proc."""
+    return in_namespace("umount -l /proc")
 
 
 @pytest.fixture

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import pty
 import resource
 import signal
 import subprocess
 import sys
+from collections.abc import Sequence
 from multiprocessing import forkserver
 from typing import Any
 
@@ -16,13 +18,13 @@ from conftest import START_METHODS
 
 import mpmemory
 from mpmemory import Memory, SharedBuffer, _holders, _machine
-from mpmemory.__main__ import main
+from mpmemory.__main__ import _size, main
 
 MB = 1 << 20
 
 
-def run(*args: str, **options: Any) -> subprocess.CompletedProcess[str]:
-    program = [sys.executable, "-W", "error", "-m", "mpmemory", *args]
+def run(*args: str, prefix: Sequence[str] = (), **options: Any) -> subprocess.CompletedProcess[str]:
+    program = [*prefix, sys.executable, "-W", "error", "-m", "mpmemory", *args]
     return subprocess.run(program, text=True, capture_output=True, check=False, timeout=60, **options)
 
 
@@ -127,6 +129,37 @@ def test_ls_of_no_process() -> None:
     assert done.stderr == "python -m mpmemory ls: there is no process 999999999\n"
 
 
+def test_ls_again_and_again_on_a_terminal() -> None:
+    """Each time on a cleared screen."""
+    ours, theirs = pty.openpty()
+    program = [sys.executable, "-m", "mpmemory", "ls", "--watch"]
+    with subprocess.Popen(program, stdout=theirs, stderr=subprocess.PIPE, text=True) as process:
+        os.close(theirs)
+        found = b""
+        while found.count(b"\033[H\033[2J") < 2:
+            found += os.read(ours, 1 << 16)
+        process.send_signal(signal.SIGINT)
+        assert process.wait(30) == 130
+        assert process.stderr
+        assert process.stderr.read() == ""
+    os.close(ours)
+    assert found.count(b"LABEL ") >= 1
+
+
+def test_without_proc(without_proc: list[str]) -> None:
+    done = run("ls", prefix=without_proc)
+    assert done.returncode == 1
+    assert "this system has no /proc, and nothing else says who holds which memory" in done.stderr
+    done = run(prefix=without_proc)
+    assert done.returncode == 0
+    assert "There is no /proc" in done.stdout
+
+
+def test_sizes_in_words() -> None:
+    sizes = [None, 0, 1023, 1024, 10 << 10, 5 << 20, 3 << 30, 2 << 40]
+    assert [_size(size) for size in sizes] == ["-", "0 B", "1023 B", "1.0 KB", "10 KB", "5.0 MB", "3.0 GB", "2.0 TB"]
+
+
 def test_ls_again_and_again() -> None:
     program = [sys.executable, "-m", "mpmemory", "ls", "--watch", "--json"]
     with subprocess.Popen(program, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
@@ -137,6 +170,11 @@ def test_ls_again_and_again() -> None:
         assert process.wait(30) == 130
         assert process.stderr
         assert process.stderr.read() == ""
+
+
+def test_a_backend_that_was_chosen() -> None:
+    found = json.loads(run("--json", env={**os.environ, "MPMEMORY_BACKEND": "file"}).stdout)
+    assert (found["backend"], found["backend because"]) == ("file", "MPMEMORY_BACKEND=file")
 
 
 def test_what_the_machine_offers() -> None:

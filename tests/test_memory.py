@@ -263,6 +263,23 @@ def test_bad_names(name: Any, kind: type[Exception], message: str, tmp_path: Pat
     assert Memory(1, name="x" * 200).name == "x" * 200
 
 
+def test_contents_larger_than_files_may_be(tmp_path: Path, run_python: Any) -> None:
+    """The kernel writes what it may, and says how much: the rest is an error."""
+    (tmp_path / "big").write_bytes(bytes(2000))
+    run_python(
+        "import errno, resource, mpmemory\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))\n"
+        "for make, what in (\n"
+        "    (lambda: mpmemory.Memory.from_bytes(bytes(2000)), 'cannot write 2000 bytes into memory'),\n"
+        f"    (lambda: mpmemory.Memory.from_file({str(tmp_path / 'big')!r}), 'cannot copy '),\n"
+        "    (lambda: mpmemory.Memory.from_file('/proc/self/status'), 'cannot copy /proc/self/status into memory'),\n"
+        "):\n"
+        "    try: make()\n"
+        "    except OSError as error: assert error.errno == errno.EFBIG and what in str(error), error\n"
+        "    else: raise SystemExit(f'no error, but {what}')\n"
+    )
+
+
 def test_from_file_refuses_what_is_no_file(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "fifo")
 

@@ -9,6 +9,7 @@ import pickle
 import signal
 import sys
 import threading
+import traceback
 from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
 from queue import Empty, Full
@@ -332,6 +333,35 @@ def test_a_raw_fork_sends_only_what_it_put_itself() -> None:
     assert [each for each in found if each != "by the child"] == list(range(1000))
     queue.close()
     queue.join_thread()
+
+
+def read_all_when_told(queue: Any, conn: Any) -> None:
+    conn.recv()
+    conn.send([queue.get() for _ in range(1000)])
+
+
+def test_join_thread_waits_until_all_is_sent() -> None:
+    ctx = mpmemory.get_context("fork")
+    queue, (left, right) = ctx.Queue(), ctx.Pipe()
+    child = ctx.Process(target=read_all_when_told, args=(queue, right))
+    child.start()
+    for number in range(1000):  # more than the socket takes
+        queue.put((number, bytes(1000)))
+    queue.close()
+    waiting = threading.Thread(target=queue.join_thread)
+    waiting.start()
+    while not any(frame.f_code.co_name == "join" for frame, _ in traceback.walk_stack(stack_of(waiting))):
+        os.sched_yield()
+    left.send("go")
+    waiting.join()
+    assert left.recv() == [(number, bytes(1000)) for number in range(1000)]
+    child.join()
+    for conn in (left, right):
+        conn.close()
+
+
+def stack_of(thread: threading.Thread) -> Any:
+    return sys._current_frames()[thread.ident or 0]
 
 
 # --- what a review found ---

@@ -97,6 +97,17 @@ def test_the_standard_library_reads_it_and_is_read(values: list[Any]) -> None:
         ours.shm.unlink()
 
 
+@pytest.mark.parametrize(("first", "then"), [("1234567 ", "123456 \0"), (b"12345678", b"1234567\0")])
+def test_a_text_that_ends_in_nuls_may_take_all_of_its_room(first: Any, then: Any) -> None:
+    items = ShareableList([first * 2])
+    room = struct.calcsize(items.format)
+    value = first * (room // 8 - 1) + then
+    assert len(value) == room
+    items[0] = value
+    assert list(items) == list(ShareableList(name=items.shm.name)) == [value]
+    items.shm.unlink()
+
+
 def test_items_are_within_the_list() -> None:
     """Whatever somebody has written there."""
     for offsets in ((0, 8, -8), (0, 80, 16), (-8, 8, 16), (0, 2**62, 16), (8, 0, 8)):

@@ -208,7 +208,8 @@ def copy(source: int, target: int) -> None:
         # sendfile(2): EINVAL where the source cannot be mapped, or the target (not Linux) is no socket.
         if copied or error.errno not in {errno.EINVAL, errno.ENOSYS, errno.ENOTSOCK, errno.EOPNOTSUPP}:
             raise
-        with open(source, "rb", 0, closefd=False) as reader, open(target, "wb", 0, closefd=False) as writer:
+        # Buffered, for it writes again what the kernel has written only a part of.
+        with open(source, "rb", 0, closefd=False) as reader, open(target, "wb", closefd=False) as writer:
             shutil.copyfileobj(reader, writer)
 
 

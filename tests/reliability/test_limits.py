@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import in_namespace
 
 from mpmemory import _backends
 
@@ -40,13 +41,6 @@ def tour(prefix: Sequence[str], *actions: str, backend: str = "memfd") -> dict[s
 
 def limited(option: str, value: int) -> list[str]:
     return ["sh", "-c", f'ulimit {option} {value}; exec "$@"', "-"]
-
-
-def in_namespace(script: str) -> list[str]:
-    """Return what to put before a command so that it sees other file systems."""
-    if os.geteuid() != 0 or subprocess.run(["unshare", "-m", "true"], check=False).returncode != 0:
-        pytest.skip("needs a private mount namespace")
-    return ["unshare", "-m", "sh", "-ec", f'{script}\nexec "$@"', "-"]
 
 
 @pytest.mark.parametrize("number", [256, 64, 32, 16])
@@ -154,8 +148,8 @@ def test_the_posix_backend_is_not_there_without_dev_shm(run_python: Any) -> None
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_without_proc(backend: str) -> None:
+def test_without_proc(backend: str, without_proc: list[str]) -> None:
     """Pools and queues are those of multiprocessing, blocks are POSIX objects, and there are no locks."""
-    found = tour(in_namespace("umount -l /proc"), backend=backend)
+    found = tour(without_proc, backend=backend)
     assert found.pop("locks").endswith("locks on ranges of memory need Linux, with /proc")
     assert found == {}
