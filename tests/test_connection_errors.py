@@ -269,9 +269,37 @@ def test_out_of_descriptors(run_python: Any) -> None:
         "left.send(memories); left.send('next')\n"
         "expect_the_limit(right.recv)\n"
         "assert right.recv() == 'next'\n"
+        "left.send(memories); left.send('next')\n"
+        "spare = [os.dup(0) for _ in range(10)]\n"
+        "def receive_with_few():\n"
+        "    for fd in spare: os.close(fd)\n"
+        "    right.recv()\n"
+        "expect_the_limit(receive_with_few)\n"
+        "assert right.recv() == 'next'\n"
         "for obj in (array, sock, left, memory):\n"
         "    left.send(obj); left.send('next')\n"
         "    expect_the_limit(right.recv)\n"
         "    assert right.recv() == 'next'\n"
         "    left.send(obj); right.recv()\n"
+    )
+
+
+def test_out_of_memory_for_what_must_be_copied(run_python: Any) -> None:
+    """Segments of this backend cannot be sealed, so what they have is read."""
+    run_python(
+        "import errno, resource, numpy as np\n"
+        "from mpmemory.connection import Pipe\n"
+        "left, right = Pipe()\n"
+        "left.send(np.ones(10_000_000)); left.send('next')\n"
+        "soft, hard = resource.getrlimit(resource.RLIMIT_AS)\n"
+        "pages = int(open('/proc/self/statm').read().split()[0])\n"
+        "resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + (20 << 20), hard))\n"
+        "try: right.recv()\n"
+        "except OSError as error:\n"
+        "    assert error.errno == errno.ENOMEM and 'cannot have 80000000 bytes' in str(error), error\n"
+        "else: raise SystemExit('no error')\n"
+        "assert right.recv() == 'next'\n"
+        "resource.setrlimit(resource.RLIMIT_AS, (soft, hard))\n"
+        "left.send(np.ones(10_000_000)); assert right.recv().sum() == 10_000_000\n",
+        env={**os.environ, "MPMEMORY_BACKEND": "posix"},
     )

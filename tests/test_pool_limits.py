@@ -113,6 +113,34 @@ def test_a_parent_without_descriptors(run_python: Any) -> None:
     assert done.stderr == ""
 
 
+def test_a_task_taken_back_without_descriptors(run_python: Any) -> None:
+    """What belongs to it is lost then, and that is its error."""
+    done = run_python(
+        "import mpmemory\n"
+        "from test_pool import wait_for\n"
+        "from test_pool_limits import leave_no_descriptor, restore_descriptors\n"
+        "if __name__ == '__main__':\n"
+        "    memory = mpmemory.Memory.from_bytes(b'x')\n"
+        "    with mpmemory.get_context('fork').Pool(2) as pool:\n"
+        "        pipes = [mpmemory.Pipe() for _ in range(2)]\n"
+        "        busy = [pool.apply_async(wait_for, (theirs,)) for _, theirs in pipes]\n"
+        "        for ours, _ in pipes: ours.recv()\n"
+        "        results = [pool.apply_async(mpmemory.Memory.pread, (memory, 1)) for _ in range(2)]\n"
+        "        leave_no_descriptor()\n"
+        "        pipes[0][0].send('end')\n"
+        "        for result in results:\n"
+        "            try: print(result.get(30))\n"
+        "            except OSError as error: print(error)\n"
+        "        restore_descriptors()\n"
+        "        pipes[1][0].send('end')\n"
+        "        print([result.get(30) for result in busy])\n",
+        env={**os.environ, "PYTHONPATH": os.path.dirname(__file__)},
+    )
+    assert sorted(done.stdout.splitlines())[-1] == "b'x'"
+    assert done.stdout.count("ulimit -n") == 1
+    assert done.stdout.endswith("['released', 'released']\n")
+
+
 def test_more_than_the_socket_of_a_worker_takes() -> None:
     ours, theirs = mpmemory.Pipe()
     with ours, theirs, mpmemory.Pool(1) as pool:
