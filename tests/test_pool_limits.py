@@ -160,7 +160,7 @@ def test_more_than_the_socket_of_a_worker_takes() -> None:
 def test_a_task_that_waits_for_descriptors_under_way(run_python: Any) -> None:
     """Nothing of the pool itself makes room for it."""
     run_python(
-        "import mpmemory.pool, multiprocessing.popen_fork\n"
+        "import mpmemory.pool, multiprocessing.popen_fork, time\n"
         + AS_A_PLAIN_USER
         + "memory, (left, right) = Memory.from_bytes(b'x'), Pipe()\n"
         "with mpmemory.get_context('fork').Pool(1) as pool:\n"
@@ -170,7 +170,10 @@ def test_a_task_that_waits_for_descriptors_under_way(run_python: Any) -> None:
         "    for each in many: each.close()\n"
         "    resource.setrlimit(resource.RLIMIT_NOFILE, (100, hard))\n"
         "    result = pool.apply_async(Memory.pread, (memory, 1))\n"
-        "    while not pool._scheduler._stalled: os.sched_yield()\n"
+        "    for _ in range(3000):\n"
+        "        if pool._scheduler._stalled: break\n"
+        "        time.sleep(0.01)\n"
+        "    else: raise SystemExit('it was sent')\n"
         "    resource.setrlimit(resource.RLIMIT_NOFILE, (400, hard))\n"
         "    assert len(right.recv()) == 200\n"
         "    assert result.get(30) == b'x'\n"
