@@ -71,7 +71,8 @@ class QueueMachine(Counting):
     def create(self, maxsize: int, kind: str) -> Any:
         self.kind = kind
         self.model: collections.deque[Any] = collections.deque()
-        self.maxsize = 20 if kind == "SimpleQueue" or not maxsize else maxsize
+        # A put into a SimpleQueue waits when its socket is full, which takes some 200 KB.
+        self.maxsize = 3 if kind == "SimpleQueue" else maxsize or 20
         self.is_bounded = kind != "SimpleQueue" and maxsize > 0
         self.unfinished = 0
         self.closed: list[Any] = []
