@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import contextlib
 import os
 import pickle
 import queue
@@ -292,9 +293,11 @@ class PoolMachine(Counting):
     @precondition(lambda self: not self.closed)
     @rule(index=st.integers(0, 1))
     def kill_a_worker(self, index: int) -> None:
-        workers = [worker for worker in self.pool._pool if worker.exitcode is None and worker.pid]
+        # Some that end in a row before they are ready break the pool.
+        workers = [worker for worker in list(self.pool._scheduler._workers) if worker.ready]
         if index < len(workers):
-            workers[index].kill()
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(workers[index].pid, signal.SIGKILL)
             self.kills += 1
 
     @rule()
