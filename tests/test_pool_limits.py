@@ -1,4 +1,4 @@
-"""Pool: big objects, and no descriptors left."""
+"""Pool: big objects, full sockets, and no descriptors left."""
 
 from __future__ import annotations
 

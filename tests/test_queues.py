@@ -364,7 +364,7 @@ def stack_of(thread: threading.Thread) -> Any:
     return sys._current_frames()[thread.ident or 0]
 
 
-# --- what a review found ---
+# --- when putting is interrupted, or cannot go on ---
 
 
 def test_where_no_thread_can_be_started_nothing_was_put() -> None:
