@@ -140,10 +140,10 @@ class Worker:
     def collect(self) -> int:
         """Return the exit code of a worker that has ended; 255 if nobody knows, as multiprocessing says then."""
         assert self.process is not None
+        deadline = time.monotonic() + GRACE
         self.process.join(GRACE)  # from the fork server it comes a moment later
         # Any thread that starts or lists processes collects all that have ended. Then join returns at once, and the
         # exit code is known as soon as that thread goes on.
-        deadline = time.monotonic() + GRACE
         while (exitcode := self.process.exitcode) is None:
             if time.monotonic() > deadline:
                 return 255

@@ -16,6 +16,8 @@ import mpmemory
 from mpmemory import PoolError, WorkerLostError, _workers
 from mpmemory.connection import Connection
 
+Action = Callable[[Connection], None]
+
 
 @pytest.fixture
 def pool() -> Iterator[Any]:
@@ -24,7 +26,7 @@ def pool() -> Iterator[Any]:
 
 
 @pytest.fixture
-def release(pool: Any) -> Iterator[Callable[[Connection], None]]:
+def release(pool: Any) -> Iterator[Action]:
     """Give both workers something to do; return what ends that of the one that a task is not just being sent to."""
     with contextlib.ExitStack() as stack:
         busy = {}
@@ -40,12 +42,39 @@ def release(pool: Any) -> Iterator[Callable[[Connection], None]]:
         yield release_other
 
 
+@pytest.fixture
+def square_while(pool: Any, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Return what has the pool square a number, and acts just before or after it is sent, with another method of it."""
+
+    def square_while(
+        method: str, replacement: Callable[..., Any], *, before: Action | None = None, after: Action | None = None
+    ) -> None:
+        send_datagram = Connection.send_datagram
+        sender, once = threading.current_thread(), iter([True])
+
+        def send(self: Connection, datagram: Any, *, wait: bool) -> bool:
+            is_it = threading.current_thread() is sender and next(once, False)
+            if is_it and before:
+                before(self)
+            sent = send_datagram(self, datagram, wait=wait)
+            if is_it and after:
+                after(self)
+            return sent
+
+        with monkeypatch.context() as patched:
+            patched.setattr(pool._scheduler, method, replacement)
+            patched.setattr(Connection, "send_datagram", send)
+            assert pool.apply_async(square, (5,)).get(PATIENCE) == 25
+
+    return square_while
+
+
 def test_a_task_that_is_taken_back_before_its_sender_has_noted_that_it_was_sent(
-    pool: Any, release: Callable[[Connection], None], monkeypatch: pytest.MonkeyPatch
+    pool: Any, release: Action, square_while: Callable[..., None]
 ) -> None:
-    send, send_datagram = pool._scheduler._send, Connection.send_datagram
+    send = pool._scheduler._send
     sender = threading.current_thread()
-    taken_back, noted, once = threading.Event(), threading.Event(), iter([True])
+    taken_back, noted = threading.Event(), threading.Event()
 
     def send_task(worker: Any, task: Any) -> None:
         if threading.current_thread() is sender:
@@ -56,39 +85,45 @@ def test_a_task_that_is_taken_back_before_its_sender_has_noted_that_it_was_sent(
             assert noted.wait(PATIENCE)
             send(worker, task)
 
-    def send_slowly(self: Any, datagram: Any, *, wait: bool) -> bool:
-        sent = send_datagram(self, datagram, wait=wait)
-        if threading.current_thread() is sender and next(once, False):
-            release(self)
-            assert taken_back.wait(PATIENCE)
-        return sent
+    def let_it_be_taken_back(channel: Connection) -> None:
+        release(channel)
+        assert taken_back.wait(PATIENCE)
 
-    with monkeypatch.context() as patched:
-        patched.setattr(pool._scheduler, "_send", send_task)
-        patched.setattr(Connection, "send_datagram", send_slowly)
-        assert pool.apply_async(square, (5,)).get(PATIENCE) == 25
+    square_while("_send", send_task, after=let_it_be_taken_back)
 
 
-def test_a_worker_that_dies_while_a_task_is_sent_to_it(pool: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    bury, send_datagram = pool._scheduler._bury, Connection.send_datagram
-    sender, seen, once = threading.current_thread(), threading.Event(), iter([True])
+def test_a_task_that_is_sent_just_after_work_for_an_idle_worker_was_looked_for(
+    pool: Any, release: Action, square_while: Callable[..., None]
+) -> None:
+    balance, looked = pool._scheduler._balance, threading.Event()
+
+    def look() -> Any:
+        moved = balance()
+        if not all(worker.tasks for worker in pool._scheduler._workers):
+            looked.set()
+        return moved
+
+    def let_the_other_be_idle(channel: Connection) -> None:
+        release(channel)
+        assert looked.wait(PATIENCE)
+
+    square_while("_balance", look, before=let_the_other_be_idle)
+
+
+def test_a_worker_that_dies_while_a_task_is_sent_to_it(pool: Any, square_while: Callable[..., None]) -> None:
+    bury, seen = pool._scheduler._bury, threading.Event()
     pool.map(square, range(4))  # both are there
 
     def bury_and_tell(worker: Any) -> None:
         bury(worker)
         seen.set()
 
-    def send_to_the_dead(self: Any, datagram: Any, *, wait: bool) -> bool:
-        if threading.current_thread() is sender and next(once, False):
-            (worker,) = (worker for worker in pool._scheduler._workers if worker.channel is self)
-            os.kill(worker.pid, signal.SIGKILL)
-            assert seen.wait(PATIENCE)
-        return send_datagram(self, datagram, wait=wait)
+    def kill(channel: Connection) -> None:
+        (worker,) = (worker for worker in pool._scheduler._workers if worker.channel is channel)
+        os.kill(worker.pid, signal.SIGKILL)
+        assert seen.wait(PATIENCE)
 
-    with monkeypatch.context() as patched:
-        patched.setattr(pool._scheduler, "_bury", bury_and_tell)
-        patched.setattr(Connection, "send_datagram", send_to_the_dead)
-        assert pool.apply_async(square, (5,)).get(PATIENCE) == 25
+    square_while("_bury", bury_and_tell, before=kill)
 
 
 def test_the_word_to_leave_is_given_back() -> None:
@@ -154,27 +189,3 @@ def test_a_dead_worker_that_another_thread_is_just_collecting(monkeypatch: pytes
         process._popen.returncode = os.waitstatus_to_exitcode(status)
         with pytest.raises(WorkerLostError, match="killed by SIGKILL"):
             result.get(PATIENCE)
-
-
-def test_a_task_that_is_sent_just_after_work_for_an_idle_worker_was_looked_for(
-    pool: Any, release: Callable[[Connection], None], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    balance, send_datagram = pool._scheduler._balance, Connection.send_datagram
-    sender, looked, once = threading.current_thread(), threading.Event(), iter([True])
-
-    def look() -> Any:
-        moved = balance()
-        if not all(worker.tasks for worker in pool._scheduler._workers):
-            looked.set()
-        return moved
-
-    def send_late(self: Any, datagram: Any, *, wait: bool) -> bool:
-        if threading.current_thread() is sender and next(once, False):
-            release(self)
-            assert looked.wait(PATIENCE)
-        return send_datagram(self, datagram, wait=wait)
-
-    with monkeypatch.context() as patched:
-        patched.setattr(pool._scheduler, "_balance", look)
-        patched.setattr(Connection, "send_datagram", send_late)
-        assert pool.apply_async(square, (5,)).get(PATIENCE) == 25
